@@ -1,0 +1,185 @@
+"""What runs beside the requests of one worker: the catalog's refresher, the ledger, and the parts of the gateway.
+
+Started by the server's lifespan, or by the first request where the server has none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+from asgiref.sync import sync_to_async
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.db import DatabaseError, InterfaceError, close_old_connections
+
+from accounts.principal import Principal
+from providers.actions import check_canary
+from providers.egress import Egress
+from providers.transport import StockTransport, Timeouts
+from proxy import ledger, snapshot
+from proxy.catalog import Catalog, Current
+from proxy.errors import Unavailable
+from proxy.gateway import Gateway
+from proxy.http import Site
+from proxy.journal import Journal
+from proxy.ledger import Ledger
+from proxy.refusals import Refusals
+from proxy.stores.health import Health
+from proxy.stores.memory import MemoryLimits
+
+log = logging.getLogger(__name__)
+
+UNKNOWN_SECONDS = 2.0
+MOST_UNKNOWN = 10_000
+
+
+class Runtime:
+    def __init__(self) -> None:
+        env = settings.ENV
+        self.root = settings.DATA_DIR / "journal"
+        self.current = Current()
+        self.limits = MemoryLimits()
+        self.refusals = Refusals()
+        self.ready = False
+        self._journal: Journal | None = None
+        self._ledger: Ledger | None = None
+        self._refresher: snapshot.Refresher | None = None
+        self._starting = asyncio.Lock()
+        self._unknown: dict[bytes, float] = {}
+        self._lock: int | None = None
+        self.transport = StockTransport(Egress(tuple(env.egress_allow)))
+        self.gateway = Gateway(
+            current=self.current,
+            load=self._load_key,
+            limits=self.limits,
+            health=Health(),
+            journal=self.journal,
+            transport=self.transport,
+            site=Site(
+                allowed_hosts=tuple(host.lower() for host in env.allowed_hosts),
+                cors_allow_origins=tuple(env.cors_allow_origins),
+                trusted_proxies=tuple(env.trusted_proxies),
+                body_limit_bytes=env.body_limit_bytes,
+            ),
+            timeouts=timeouts_of(env),
+            refusals=self.refusals,
+        )
+
+    def journal(self) -> Journal:
+        assert self._journal is not None, "a request came before the start"
+        return self._journal
+
+    async def start(self) -> None:
+        """Adopt, count, load, and only then be ready. A second call waits for the first."""
+        async with self._starting:
+            if self.ready:
+                return
+            self._loop = asyncio.get_running_loop()
+            env = settings.ENV
+            self._lock = own_data_dir()
+            self._journal = Journal(
+                self.root, segment_bytes=env.journal_segment_bytes, max_bytes=env.journal_max_bytes, fsync=env.journal_fsync
+            )
+            self._ledger = Ledger(self._journal, self.root, self.refusals)
+            await sync_to_async(self._prepare, thread_sensitive=False)()
+            self._refresher = snapshot.Refresher(self.current, self._install)
+            self._refresher.start()
+            self._ledger.start()
+            self.ready = True
+
+    async def stop(self) -> None:
+        """Ship what is left. What is still open stays in the journal, for the next start to adopt."""
+        if not self.ready:
+            return
+        self.ready = False
+        assert self._refresher is not None and self._ledger is not None and self._journal is not None
+        await sync_to_async(self._refresher.stop, thread_sensitive=False)()
+        await sync_to_async(self._ledger.stop, thread_sensitive=False)()
+        await self.transport.aclose()
+        self._journal.close(remove_folder=not self._journal.open_admissions())
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def _prepare(self) -> None:
+        check_canary()
+        adopted = ledger.adopt_all(self.root)
+        if adopted:
+            log.info("Adopted %s usage rows of earlier workers", adopted)
+        catalog = snapshot.load()
+        budgets = self.limits.untracked(catalog.money_limits())
+        self.limits.track(budgets)
+        self.limits.add_spent(ledger.spent_in(budgets, time.time()))
+        self.current.catalog = catalog
+        close_old_connections()
+
+    def _install(self, catalog: Catalog) -> None:
+        """In the refresher's thread: budgets that are new are counted exactly before they come into force.
+
+        The loop begins to count them at one point of the journal; all that was settled before it is shipped, and then
+        read from the totals."""
+        budgets = self.limits.untracked(catalog.money_limits())
+        if budgets:
+            assert self._ledger is not None
+            position = asyncio.run_coroutine_threadsafe(self._begin_tracking(budgets), self._loop).result(timeout=30)
+            self._ledger.ship(until=position)
+            spent = ledger.spent_in(budgets, time.time())
+            self._loop.call_soon_threadsafe(self.limits.add_spent, spent)
+        self._loop.call_soon_threadsafe(self.limits.forget_past_windows, time.time())
+        self._loop.call_soon_threadsafe(setattr, self.current, "catalog", catalog)
+
+    async def _begin_tracking(self, budgets: set[tuple[str, str, str]]) -> tuple[int, int]:
+        self.limits.track(budgets)
+        return self.journal().position()
+
+    async def _load_key(self, digests: Sequence[bytes]) -> Principal | None:
+        now = time.monotonic()
+        if digests and self._unknown.get(digests[0], 0.0) > now:
+            return None
+        try:
+            principal = await sync_to_async(_load_key, thread_sensitive=False)(digests)
+        except (DatabaseError, InterfaceError):
+            log.warning("A key could not be looked up: the database is away")
+            raise Unavailable("The gateway cannot check this key just now.", code="database_unavailable", retry_after_seconds=2) from None
+        if principal is None:
+            if len(self._unknown) >= MOST_UNKNOWN:
+                self._unknown = {digest: until for digest, until in self._unknown.items() if until > now}
+                if len(self._unknown) >= MOST_UNKNOWN:
+                    self._unknown.clear()
+            self._unknown.update(dict.fromkeys(digests, now + UNKNOWN_SECONDS))
+        return principal
+
+
+def timeouts_of(env: object) -> Timeouts:
+    """Raises ImproperlyConfigured when the ladder is out of order."""
+    names = Timeouts.__dataclass_fields__
+    try:
+        return Timeouts(**{name: getattr(env, name) for name in names})
+    except ValueError as problem:
+        raise ImproperlyConfigured(f"Timeouts: {problem}") from None
+
+
+def own_data_dir() -> int | None:
+    """Without Redis one process alone may serve. The descriptor that holds the lock; raises ImproperlyConfigured."""
+    if settings.ENV.redis_url is not None:
+        return None
+    descriptor = os.open(settings.DATA_DIR / "serve.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ImproperlyConfigured(
+            f"Another process already serves from {settings.DATA_DIR}. Limits live in its memory: stop it first, or set REDIS_URL to share them."
+        ) from None
+    return descriptor
+
+
+def _load_key(digests: Sequence[bytes]) -> Principal | None:
+    try:
+        return snapshot.load_key(digests)
+    finally:
+        close_old_connections()

@@ -1,0 +1,1 @@
+"""Where a call can go, and how each place speaks."""

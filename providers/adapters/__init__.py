@@ -1,0 +1,1 @@
+"""One file per upstream. They do not import each other."""

@@ -1,0 +1,60 @@
+"""The only door out: resolve once, check every address, connect to one that was checked.
+
+Only public addresses are reached; others need the operator's word in `EGRESS_ALLOW`. Redirects are never followed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class EgressRefused(Exception):
+    """The upstream lives where calls may not go. The message names the setting that would allow it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Egress:
+    """What the operator allows besides the public internet."""
+
+    allow: tuple[Network, ...] = ()
+
+    async def addresses(self, host: str, port: int) -> list[str]:
+        """The addresses of `host`, each checked. Raises EgressRefused if one may not be reached, OSError if none is found."""
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        for text in addresses:
+            self.check(text)
+        return addresses
+
+    def check(self, text: str) -> None:
+        """Raises EgressRefused unless this address is public or allowed."""
+        address = _plain(ipaddress.ip_address(text.partition("%")[0]))
+        if not self._may_reach(address):
+            line = ",".join([*map(str, self.allow), f"{address}/{address.max_prefixlen}"])
+            raise EgressRefused(f"The upstream's address {address} is not on the public internet. To allow it: EGRESS_ALLOW={line}")
+
+    def _may_reach(self, address: Address) -> bool:
+        if any(address.version == network.version and address in network for network in self.allow):
+            return True
+        return address.is_global and not address.is_multicast
+
+
+def _plain(address: Address) -> Address:
+    """The IPv4 address inside a mapped, 6to4 or NAT64 one: that is where the packets go."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if inner is None and address in ipaddress.ip_network("64:ff9b::/96"):
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        return inner or address
+    return address
+
+
+def networks(words: Iterable[str]) -> tuple[Network, ...]:
+    return tuple(ipaddress.ip_network(word) for word in words)

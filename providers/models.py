@@ -1,0 +1,136 @@
+"""Upstream accounts, the models they list, and what those cost.
+
+`changed` is sent, inside the transaction, by whoever changes rows that the hot path reads without calling `save()`.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from django.conf import settings
+from django.core.exceptions import ValidationError
+from django.core.validators import RegexValidator
+from django.db import models
+from django.db.models import Q
+from django.dispatch import Signal
+from django.utils import timezone
+
+from providers import registry
+from providers.secrets import Place
+
+changed = Signal()
+
+
+class State(models.TextChoices):
+    ACTIVE = "active"
+    DISABLED = "disabled"
+    NEEDS_REAUTH = "needs_reauth", "needs sign-in"
+
+
+class Credential(models.Model):
+    """One upstream account. Those of one kind and prefix are a pool; the secret is sealed and never shown again."""
+
+    label = models.CharField(max_length=100)
+    kind = models.CharField(max_length=40, choices=registry.choices)
+    organization = models.ForeignKey(
+        "accounts.Organization", on_delete=models.CASCADE, null=True, blank=True, related_name="+", help_text="Empty = shared by everybody."
+    )
+    user = models.ForeignKey(
+        settings.AUTH_USER_MODEL,
+        on_delete=models.CASCADE,
+        null=True,
+        blank=True,
+        related_name="+",
+        help_text="Only for this person's keys.",
+    )
+    prefix = models.CharField(
+        max_length=40,
+        validators=[RegexValidator(r"^[A-Za-z0-9][A-Za-z0-9._-]*$", "Letters, digits, dot, dash and underscore, without a slash.")],
+        help_text="Public model ids are prefix/model.",
+    )
+    base_url = models.URLField(max_length=500, blank=True, help_text="Empty = the vendor's own.")
+    settings = models.JSONField(default=dict, blank=True)
+    secret = models.BinaryField(null=True, editable=False)
+    weight = models.PositiveIntegerField(default=1)
+    priority = models.IntegerField(default=0, help_text="Higher goes first.")
+    state = models.CharField(max_length=16, choices=State, default=State.ACTIVE)
+    policy_accepted_at = models.DateTimeField(null=True, blank=True, editable=False)
+    models_refreshed_at = models.DateTimeField(null=True, blank=True, editable=False)
+    last_error = models.CharField(max_length=500, blank=True, editable=False)
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    class Meta:
+        constraints = [models.CheckConstraint(condition=Q(weight__gte=1), name="credential_weight_is_positive")]
+        indexes = [models.Index(fields=["prefix"])]
+
+    def __str__(self) -> str:
+        return f"{self.label} ({self.kind})"
+
+    def clean(self) -> None:
+        if self.kind not in registry.names():
+            raise ValidationError({"kind": f"There is no adapter named '{self.kind}'."})
+
+    @property
+    def effective_base_url(self) -> str:
+        return (self.base_url or registry.adapter(self.kind).base_url).rstrip("/")
+
+    @property
+    def origin(self) -> str:
+        """scheme://host:port of the only place that its secret may be sent to."""
+        parts = urlsplit(self.effective_base_url)
+        port = parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0)
+        return f"{parts.scheme}://{(parts.hostname or '').lower()}:{port}"
+
+    def place(self) -> Place:
+        """What the sealed secret is bound to."""
+        return Place(table="providers_credential", row=str(self.pk), column="secret", purpose="upstream", origin=self.origin)
+
+
+class UpstreamModel(models.Model):
+    """A model that a credential's upstream listed when it was last asked."""
+
+    credential = models.ForeignKey(Credential, on_delete=models.CASCADE, related_name="models")
+    upstream_id = models.CharField(max_length=200)
+    detail = models.JSONField(default=dict, blank=True)
+    seen_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["credential", "upstream_id"], name="one_row_per_credential_and_model")]
+
+    def __str__(self) -> str:
+        return self.upstream_id
+
+
+class PriceSource(models.TextChoices):
+    HAND = "hand", "by hand"
+    PACKAGE = "package", "price package"
+
+
+class Price(models.Model):
+    """A dated row that never changes: a new price is a new row. Amounts are micro-dollars per million tokens."""
+
+    pattern = models.CharField(max_length=240, help_text="Public model ids; * stands for anything.")
+    starts_at = models.DateTimeField(default=timezone.now)
+    input = models.PositiveBigIntegerField()
+    output = models.PositiveBigIntegerField()
+    cache_read = models.PositiveBigIntegerField(null=True, blank=True, help_text="Empty = as plain input.")
+    cache_write = models.PositiveBigIntegerField(null=True, blank=True, help_text="Empty = as plain input.")
+    source = models.CharField(max_length=8, choices=PriceSource, default=PriceSource.HAND, editable=False)
+    created_at = models.DateTimeField(default=timezone.now, editable=False)
+
+    class Meta:
+        indexes = [models.Index(fields=["pattern", "starts_at"])]
+
+    def __str__(self) -> str:
+        return f"{self.pattern} from {self.starts_at:%Y-%m-%d}"
+
+    def save(self, *args: object, **kwargs: object) -> None:
+        if not self._state.adding:
+            raise ValidationError("A price never changes: add a new row with its own start.")
+        super().save(*args, **kwargs)  # type: ignore[arg-type]
+
+
+class KeyringCanary(models.Model):
+    """One sealed word: a start with the wrong keyring is refused at once instead of failing call by call."""
+
+    sealed = models.BinaryField()

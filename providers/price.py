@@ -1,0 +1,94 @@
+"""What a call costs: pure arithmetic on integer micro-dollars. No Django here.
+
+A price is in micro-dollars per million tokens, which is the same number as picodollars a token. Cost is rounded
+half up once per request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+MILLION = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Disjoint parts of one request's tokens: their sum is what the upstream counted."""
+
+    fresh_input: int = 0
+    cache_read: int = 0
+    cache_write: int = 0
+    output: int = 0  # without reasoning
+    reasoning: int = 0
+
+    @property
+    def input(self) -> int:
+        return self.fresh_input + self.cache_read + self.cache_write
+
+    @property
+    def all_output(self) -> int:
+        return self.output + self.reasoning
+
+    @property
+    def total(self) -> int:
+        return self.input + self.all_output
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """One dated row. Amounts are micro-dollars per million tokens; None = the same as plain input."""
+
+    id: int
+    pattern: str
+    starts_at: float  # seconds since the epoch
+    input: int
+    output: int
+    cache_read: int | None = None
+    cache_write: int | None = None
+    by_hand: bool = True  # a row from an admin beats one from the price package
+
+    def cost(self, tokens: Tokens) -> int:
+        """Micro-dollars, rounded half up."""
+        cache_read = self.input if self.cache_read is None else self.cache_read
+        cache_write = self.input if self.cache_write is None else self.cache_write
+        pico = (
+            tokens.fresh_input * self.input
+            + tokens.cache_read * cache_read
+            + tokens.cache_write * cache_write
+            + tokens.all_output * self.output
+        )
+        return (2 * pico + MILLION) // (2 * MILLION)
+
+    def most(self, input_tokens: int, output_tokens: int) -> int:
+        """The dearest this call can come to, in micro-dollars: what is held for it."""
+        dearest = max(self.input, self.cache_read or 0, self.cache_write or 0)
+        return -(-(input_tokens * dearest + output_tokens * self.output) // MILLION)
+
+
+class PriceBook:
+    """Finds the row for a public model id at a time: by hand before the package, the closest pattern, the latest start."""
+
+    def __init__(self, prices: Iterable[Price] = ()) -> None:
+        ranked = sorted(prices, key=lambda price: (price.by_hand, _closeness(price.pattern), price.starts_at), reverse=True)
+        self._exact: dict[str, list[Price]] = {}
+        self._patterns: list[Price] = []
+        for price in ranked:
+            if "*" in price.pattern:
+                self._patterns.append(price)
+            else:
+                self._exact.setdefault(price.pattern, []).append(price)
+
+    def find(self, model: str, at: float) -> Price | None:
+        exact = next((price for price in self._exact.get(model, ()) if price.starts_at <= at), None)
+        if exact is not None and exact.by_hand:
+            return exact
+        for price in self._patterns:
+            if price.starts_at <= at and fnmatchcase(model, price.pattern) and (price.by_hand or exact is None):
+                return price
+        return exact
+
+
+def _closeness(pattern: str) -> tuple[bool, int]:
+    return ("*" not in pattern, len(pattern.replace("*", "")))

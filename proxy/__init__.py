@@ -1,0 +1,1 @@
+"""One request's trip, and what is kept of it."""

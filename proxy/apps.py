@@ -1,0 +1,11 @@
+from django.apps import AppConfig
+
+
+class ProxyConfig(AppConfig):
+    name = "proxy"
+    verbose_name = "Traffic"
+
+    def ready(self) -> None:
+        from proxy import snapshot
+
+        snapshot.listen()

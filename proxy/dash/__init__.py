@@ -1,0 +1,1 @@
+"""The pages: keys with their usage, and one key's page."""

@@ -1,0 +1,86 @@
+"""What a request's head says beside its key: the host, the caller's address, and what a browser may do (CORS)."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from accounts.principal import Network
+from proxy.call import Scope
+
+Headers = list[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where and how we are reached, as the operator said."""
+
+    allowed_hosts: tuple[str, ...] = ("*",)
+    cors_allow_origins: tuple[str, ...] = ("*",)
+    trusted_proxies: tuple[Network, ...] = ()
+    body_limit_bytes: int = 32 << 20
+
+
+def header_dict(raw: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Headers by lower-case name. A repeated one is joined with a comma, as HTTP means it; underscores are dropped."""
+    headers: dict[bytes, bytes] = {}
+    for name, value in raw:
+        if b"_" in name:
+            continue
+        headers[name] = headers[name] + b", " + value if name in headers else value
+    return headers
+
+
+def host_is_allowed(headers: dict[bytes, bytes], site: Site) -> bool:
+    host = headers.get(b"host", b"").decode("latin-1").lower()
+    if "*" in site.allowed_hosts:
+        return True
+    name = host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+    return any(
+        name == allowed or (allowed.startswith(".") and (name.endswith(allowed) or name == allowed[1:])) for allowed in site.allowed_hosts
+    )
+
+
+def client_address(scope: Scope, headers: dict[bytes, bytes], site: Site) -> str:
+    """The nearest address that is not a trusted proxy's. Without trusted proxies: the socket's."""
+    client = scope.get("client")
+    address = str(client[0]) if client else ""
+    if not site.trusted_proxies:
+        return address
+    hops = [hop.strip() for hop in headers.get(b"x-forwarded-for", b"").decode("latin-1").split(",") if hop.strip()]
+    while hops and _is_trusted(address, site):
+        address = hops.pop()
+    return address
+
+
+def _is_trusted(address: str, site: Site) -> bool:
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return any(ip.version == network.version and ip in network for network in site.trusted_proxies)
+
+
+def cors_headers(headers: dict[bytes, bytes], site: Site) -> Headers:
+    """For every answer, errors included. Never with credentials: no cookie counts here."""
+    if "*" in site.cors_allow_origins:
+        return [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", b"*")]
+    origin = headers.get(b"origin", b"").decode("latin-1")
+    if origin and origin in site.cors_allow_origins:
+        return [
+            (b"access-control-allow-origin", origin.encode("latin-1")),
+            (b"access-control-expose-headers", b"*"),
+            (b"vary", b"Origin"),
+        ]
+    return [(b"vary", b"Origin")]
+
+
+def preflight(headers: dict[bytes, bytes]) -> Headers:
+    """The answer to a browser that asks first: needs no key, and echoes the headers that were asked for."""
+    wanted = headers.get(b"access-control-request-headers", b"Authorization, Content-Type, X-Upstream-Key, x-openai-key")
+    return [
+        (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+        (b"access-control-allow-headers", wanted),
+        (b"access-control-max-age", b"86400"),
+    ]

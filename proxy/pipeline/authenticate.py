@@ -1,0 +1,64 @@
+"""Who calls? From the head alone: the body has not been read yet."""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from accounts.principal import Principal, digest, is_plausible
+from proxy.call import Incoming
+from proxy.catalog import Catalog
+from proxy.errors import InvalidRequest, IpNotAuthorized, Unauthenticated
+
+HEADERS = (b"authorization", b"x-api-key", b"x-goog-api-key")
+
+
+class Loader(Protocol):
+    async def __call__(self, digests: Sequence[bytes]) -> Principal | None:
+        """Ask the database for a key that memory does not know. Raises Unavailable when it cannot be asked."""
+
+
+async def authenticate(incoming: Incoming, catalog: Catalog, load: Loader) -> Principal:
+    """The caller. Raises Unauthenticated, IpNotAuthorized, InvalidRequest (two keys that differ), Unavailable."""
+    key = presented_key(incoming.headers)
+    if not is_plausible(key):
+        raise Unauthenticated("Incorrect API key provided. You can see your keys on the gateway's pages.")
+    digests = [digest(pepper, key) for pepper in catalog.peppers]
+    principal = next((found for one in digests if (found := catalog.principals.get(one)) is not None), None) or await load(digests)
+    if principal is None or (principal.expires_at is not None and principal.expires_at <= time.time()):
+        raise Unauthenticated("Incorrect API key provided, or the key has been revoked or has expired.")
+    if principal.networks and not _comes_from(incoming.address, principal):
+        raise IpNotAuthorized("Your IP address is not authorized to use this key.")
+    return principal
+
+
+def presented_key(headers: dict[bytes, bytes]) -> str:
+    """The one key that the headers carry. A key in a query or a cookie is never looked at."""
+    found: set[str] = set()
+    for name in HEADERS:
+        value = headers.get(name, b"").decode("latin-1").strip()
+        if value and name == b"authorization":
+            scheme, _, value = value.partition(" ")
+            if scheme.lower() != "bearer":
+                raise Unauthenticated("Send your key as 'Authorization: Bearer …'.")
+        if value.strip():
+            found.add(value.strip())
+    if len(found) > 1:
+        raise InvalidRequest(
+            "Two different keys were sent: use one of Authorization, x-api-key and x-goog-api-key.", code="conflicting_credentials"
+        )
+    if not found:
+        raise Unauthenticated("You didn't provide an API key. Send it in an Authorization header: 'Authorization: Bearer YOUR_KEY'.")
+    return found.pop()
+
+
+def _comes_from(address: str, principal: Principal) -> bool:
+    try:
+        caller = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(caller, ipaddress.IPv6Address) and caller.ipv4_mapped:
+        caller = caller.ipv4_mapped
+    return any(caller.version == network.version and caller in network for network in principal.networks)

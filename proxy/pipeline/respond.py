@@ -1,0 +1,140 @@
+"""All that is said to the client, errors included, even when the status line is already out."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+
+from providers.adapter import Reader
+from providers.wire import ApiError, Json, encode_json, event
+from proxy.call import Send
+from proxy.errors import WrongMethod
+
+HEARTBEAT = b": keep-alive\n\n"
+# Handshake events are held until content comes, so that another target can still be tried; no more than this.
+MOST_HELD_BYTES = 256 << 10
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Reply:
+    """One answer. Knows what has been said already, so that whatever happens is said in the right form."""
+
+    def __init__(self, send: Send, request_id: str, cors: Headers, *, seed_errors: bool = False) -> None:
+        self._send = send
+        self._headers: Headers = [(b"x-request-id", request_id.encode()), *cors]
+        self._seed_errors = seed_errors
+        self.started = False
+        self.content_sent = False
+        self.finished = False
+        self._sending = False
+        self._heartbeat: asyncio.TimerHandle | None = None
+        self._beat_task: asyncio.Task[None] | None = None
+
+    async def whole(self, status: int, body: bytes, content_type: str = "application/json", headers: Headers | None = None) -> None:
+        self.quiet()
+        head = [(b"content-type", content_type.encode("latin-1", "replace")), (b"content-length", str(len(body)).encode())]
+        self.started = self.content_sent = True
+        await self._send({"type": "http.response.start", "status": status, "headers": head + self._headers + (headers or [])})
+        await self._send({"type": "http.response.body", "body": body})
+        self.finished = True
+
+    async def json(self, value: object) -> None:
+        await self.whole(200, encode_json(value))
+
+    async def error(self, problem: ApiError) -> None:
+        """An error object; inside a stream that has begun it is the last event, and no [DONE] follows."""
+        self.quiet()
+        if self.finished:
+            return
+        if self.started:
+            await self._body(event(problem.body()), more=False)
+            self.finished = True
+            return
+        body: Json = {"error": problem.code or problem.type, "message": problem.message} if self._seed_errors else problem.body()
+        await self.whole(problem.status, encode_json(body), headers=_error_headers(problem))
+
+    async def events(self, data: bytes) -> None:
+        """Whole events of a stream; the status line goes out with the first."""
+        self.content_sent = True
+        await self._begin()
+        await self._body(data, more=True)
+
+    async def end(self) -> None:
+        self.quiet()
+        await self._begin()
+        await self._body(b"", more=False)
+        self.finished = True
+
+    def keep_alive(self, interval_seconds: float) -> None:
+        """From now on send a comment whenever the stream has been silent for so long."""
+        loop = asyncio.get_running_loop()
+        self._last = loop.time()
+        self._interval = interval_seconds
+        self._heartbeat = loop.call_later(interval_seconds, self._beat)
+
+    def quiet(self) -> None:
+        """No more heartbeats."""
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+            self._heartbeat = None
+
+    def _beat(self) -> None:
+        loop = asyncio.get_running_loop()
+        silence = loop.time() - self._last
+        if silence >= self._interval and not self._sending:
+            self._beat_task = loop.create_task(self._comment())
+            silence = 0.0
+        self._heartbeat = loop.call_later(max(self._interval - silence, 0.001), self._beat)
+
+    async def _comment(self) -> None:
+        await self._begin()
+        await self._body(HEARTBEAT, more=True)
+
+    async def _begin(self) -> None:
+        if self.started:
+            return
+        self.started = True
+        head = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        await self._send({"type": "http.response.start", "status": 200, "headers": head + self._headers})
+
+    async def _body(self, data: bytes, *, more: bool) -> None:
+        if self._heartbeat is not None:
+            self._last = asyncio.get_running_loop().time()
+        self._sending = True
+        try:
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        finally:
+            self._sending = False
+
+
+async def stream(reply: Reply, chunks: AsyncIterator[bytes], reader: Reader) -> None:
+    """Hand a stream on, event by event. Raises UpstreamFailure, before or after content has been sent."""
+    held = b""
+    async for chunk in chunks:
+        events = reader.feed(chunk)
+        if not events:
+            continue
+        if not reader.started and len(held) + len(events) <= MOST_HELD_BYTES:
+            held += events
+            continue
+        await reply.events(held + events if held else events)
+        held = b""
+    last = held + reader.end()
+    if last:
+        await reply.events(last)
+    await reply.end()
+
+
+def _error_headers(problem: ApiError) -> Headers:
+    headers: Headers = []
+    if problem.retry_after_seconds is not None:
+        headers.append((b"retry-after", str(max(1, math.ceil(problem.retry_after_seconds))).encode()))
+    if problem.should_retry is not None:
+        headers.append((b"x-should-retry", b"true" if problem.should_retry else b"false"))
+    if isinstance(problem, WrongMethod):
+        headers.append((b"allow", problem.allow.encode()))
+    if problem.status == 401:
+        headers.append((b"www-authenticate", b'Bearer realm="sluice"'))
+    return headers

@@ -1,0 +1,135 @@
+"""Between the client's dialect and the upstream's. Pure: bytes and values in, values out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import httpx
+import msgspec
+
+from providers import registry, wire
+from providers.adapter import Ask, Reader, Target, Whole
+from providers.failures import UpstreamFailure
+from providers.wire import Head, Json
+from proxy.call import Asked
+from proxy.errors import InvalidRequest
+
+# Fields that name where to connect or with what secret: that is never the client's to say.
+FORBIDDEN = ("api_base", "base_url", "api_key", "headers", "extra_headers", "extra_query", "extra_body", "proxy")
+
+# The OpenAI-workers seed filled these in where the client sent nothing (protocol reference 4.1).
+SEED_DEFAULTS: Json = {"model": "gpt-3.5-turbo", "temperature": 0.7, "max_tokens": 1000, "stream": False}
+_REASONING_MODEL = re.compile(r"(?:^|/)(?:o[1-9]|gpt-5)")
+
+
+def read(endpoint: str, head: type[Head], raw: bytes, *, content_type: str, default_model: str | None = None, seed: bool = False) -> Asked:
+    """The request's body, checked. Raises InvalidRequest with the parameter that is wrong."""
+    if content_type and content_type.partition(";")[0].strip().lower() not in ("application/json", "text/json"):
+        raise InvalidRequest(
+            f"Unsupported content type: '{content_type[:100]}'. This API accepts 'application/json'.", code="unsupported_content_type"
+        )
+    body = _decoded(raw)
+    if seed:
+        body = with_seed_defaults(body)
+        raw = wire.encode_json(body)
+    try:
+        fields = msgspec.json.decode(raw, type=head)
+    except msgspec.ValidationError as problem:
+        raise _wrong_type(problem) from None
+    for name in FORBIDDEN:
+        if name in body:
+            raise InvalidRequest(f"'{name}' may not be set by the client.", param=name, code="unsupported_parameter")
+    model = fields.model or default_model
+    if not model:
+        raise InvalidRequest("You must provide a model parameter.", param="model", code="missing_required_parameter")
+    if missing := fields.missing():
+        raise InvalidRequest(f"Missing required parameter: '{missing}'.", param=missing, code="missing_required_parameter")
+    stream = bool(fields.stream) or getattr(fields, "stream_format", None) == "sse"
+    return Asked(endpoint=endpoint, head=fields, body=body, size=len(raw), model=model, stream=stream)
+
+
+def with_seed_defaults(body: Json) -> Json:
+    """The seed's four defaults, only where the client sent nothing; `null` counts as nothing."""
+    defaults = dict(SEED_DEFAULTS)
+    if body.get("max_completion_tokens") is not None:
+        del defaults["max_tokens"]
+    if _REASONING_MODEL.search(str(body.get("model") or "")):
+        defaults.pop("max_tokens", None)
+        del defaults["temperature"]
+    return defaults | {name: value for name, value in body.items() if value is not None or name not in SEED_DEFAULTS}
+
+
+def ask_of(asked: Asked, request_id: str, *, add_usage_option: bool) -> Ask:
+    options = getattr(asked.head, "stream_options", None)
+    return Ask(
+        endpoint=asked.endpoint,
+        body=asked.body,
+        stream=asked.stream,
+        request_id=request_id,
+        client_wants_usage=bool(options and options.include_usage),
+        add_usage_option=add_usage_option,
+    )
+
+
+def outgoing(ask: Ask, target: Target) -> httpx.Request:
+    """Raises InvalidRequest for an endpoint that this upstream does not have."""
+    adapter = registry.adapter(target.kind)
+    if ask.endpoint not in adapter.endpoints:
+        raise InvalidRequest(
+            f"The upstream of '{target.public_model}' has no '{ask.endpoint}'.", param="model", code="unsupported_endpoint"
+        )
+    try:
+        return adapter.request(ask, target)
+    except (OverflowError, RecursionError, UnicodeEncodeError):
+        raise InvalidRequest("The request holds a value that JSON cannot carry.", code="invalid_json") from None
+
+
+def reader(ask: Ask, target: Target) -> Reader:
+    return registry.adapter(target.kind).reader(ask, target)
+
+
+def whole(ask: Ask, target: Target, body: bytes, content_type: str) -> Whole:
+    """Raises UpstreamFailure."""
+    return registry.adapter(target.kind).answer(ask, target, body, content_type)
+
+
+def failure(target: Target, status: int, headers: Mapping[str, str], body: bytes) -> UpstreamFailure:
+    return registry.adapter(target.kind).failure(target, status, headers, body)
+
+
+def _decoded(raw: bytes) -> Json:
+    try:
+        body = wire.decode_json(raw)
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.", code="invalid_json") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError):
+        raise InvalidRequest("We could not parse the JSON body of your request: it is not valid JSON.", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
+    return body
+
+
+_EXPECTED = re.compile(r"Expected `(?P<expected>[^`]+)`, got `(?P<got>[^`]+)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
+_WORDS = {
+    "str": "a string",
+    "int": "an integer",
+    "float": "a number",
+    "bool": "a boolean",
+    "array": "an array",
+    "object": "an object",
+    "null": "null",
+}
+
+
+def _wrong_type(problem: msgspec.ValidationError) -> InvalidRequest:
+    found = _EXPECTED.search(str(problem))
+    if found is None:
+        return InvalidRequest("A parameter has the wrong type.", code="invalid_type")
+    wanted = [_WORDS.get(word.strip(), word.strip()) for word in found["expected"].split("|") if word.strip() != "null"]
+    param = re.sub(r"\[\.\.\.\]", "[]", found["path"] or "")
+    return InvalidRequest(
+        f"Invalid type for '{param}': expected {' or '.join(wanted)}, but got {_WORDS.get(found['got'], found['got'])} instead.",
+        param=param or None,
+        code="invalid_type",
+    )

@@ -1,0 +1,1 @@
+"""Limits, holds and health, each behind one port."""

@@ -1,0 +1,54 @@
+"""The port of the limit stores: what `admit` asks for and `meter` gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import lru_cache
+from typing import Protocol
+from zoneinfo import ZoneInfo
+
+from accounts.principal import Limit
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """What one request may come to use. Amounts are the worst case; `settle` puts the truth in their place."""
+
+    request_id: str
+    at: float  # seconds since the epoch: the windows of money it counts in
+    scopes: tuple[str, ...]  # every scope the caller belongs to, limited or not
+    limits: tuple[Limit, ...]
+    tokens: int
+    money: int | None  # micro-dollars; None = the model has no price
+
+
+# One counter of money: scope, window, time zone.
+Budget = tuple[str, str, str]
+
+
+class LimitStore(Protocol):
+    async def reserve(self, hold: Hold) -> tuple[str, ...]:
+        """All limits at once or none. Gives the codes that shadow limits would have refused with.
+
+        Raises OverLimit, OverBudget or UnpricedModel."""
+
+    def settle(self, request_id: str, tokens: int, money: int) -> None:
+        """Put what was really used in place of what was held. A second time it does nothing."""
+
+
+@lru_cache(maxsize=4096)
+def _window(window: str, time_zone: str, quarter: int) -> float:
+    local = datetime.fromtimestamp(quarter * 900, ZoneInfo(time_zone)).replace(minute=0, second=0, microsecond=0, hour=0)
+    if window == "week":
+        local -= timedelta(days=local.weekday())
+    elif window == "month":
+        local = local.replace(day=1)
+    return local.timestamp()
+
+
+def window_start(window: str, time_zone: str, at: float) -> float:
+    """When the window that `at` lies in began, in the organization's time zone: seconds since the epoch, 0 for `total`.
+
+    Zones differ by quarter hours, so that the answer is the same within each quarter of an hour."""
+    return 0.0 if window == "total" else _window(window, time_zone, int(at // 900))
