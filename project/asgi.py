@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any, cast
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "project.settings")
 
@@ -38,7 +39,7 @@ async def http(scope: Scope, receive: Receive, send: Send) -> None:
         await runtime.start()  # a server without lifespan events
     if is_gateways(scope):
         return await runtime.gateway(scope, receive, send)
-    await django(scope, receive, send)
+    await django(cast(dict[str, Any], scope), receive, send)  # type: ignore[arg-type]
 
 
 async def probe(path: str, send: Send) -> None:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import environ
 from django.core.exceptions import ImproperlyConfigured
+from environ.fileaware_mapping import FileAwareMapping
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -106,7 +107,7 @@ class _Reader:
         self.values = {name: value for name, value in environment.items() if value.strip()}
         self.files = environ.FileAwareEnv()
         # The library reads its own `ENVIRON`; handing ours in keeps this testable.
-        self.files.ENVIRON = self.values
+        self.files.ENVIRON = FileAwareMapping(env=self.values)
 
     def optional(self, name: str) -> str | None:
         value = self.values.get(name)
@@ -165,15 +166,10 @@ class _Reader:
         return [word.strip() for word in self.text(name, default).split(",") if word.strip()]
 
     def networks(self, name: str) -> list[Network]:
-        return [
-            self._parsed(
-                name,
-                ipaddress.ip_network("::/128"),
-                lambda _, word=word: ipaddress.ip_network(word),
-                "a list of networks such as 10.0.0.0/8",
-            )
-            for word in self.words(name)
-        ]
+        try:
+            return [ipaddress.ip_network(word) for word in self.words(name)]
+        except ValueError as problem:
+            raise ImproperlyConfigured(f"{name}: {problem}. Give networks such as 10.0.0.0/8, separated by commas.") from None
 
     def url(self, name: str, default: str) -> str:
         value = self.text(name, default).rstrip("/")

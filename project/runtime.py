@@ -97,7 +97,9 @@ class Runtime:
         if not self.ready:
             return
         self.ready = False
-        assert self._refresher is not None and self._ledger is not None and self._journal is not None
+        assert self._refresher is not None
+        assert self._ledger is not None
+        assert self._journal is not None
         await sync_to_async(self._refresher.stop, thread_sensitive=False)()
         await sync_to_async(self._ledger.stop, thread_sensitive=False)()
         await self.transport.aclose()
@@ -173,7 +175,7 @@ def own_data_dir() -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         raise ImproperlyConfigured(
-            f"Another process already serves from {settings.DATA_DIR}. Limits live in its memory: stop it first, or set REDIS_URL to share them."
+            f"Another process already serves from {settings.DATA_DIR}. Limits live in its memory: stop it first."
         ) from None
     return descriptor
 

@@ -182,7 +182,7 @@ class OpenAICompatible(Adapter):
         if ask.endpoint == "audio/speech" and "json" not in content_type and "html" not in content_type:
             return Whole(body, None, content_type)
         try:
-            seen = wire.decode_answer(body)
+            seen = wire.decode_event(body)
         except (msgspec.DecodeError, RecursionError):
             raise UpstreamProtocol("The upstream's answer could not be read.") from None
         if seen.error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import httpcore
@@ -30,7 +31,7 @@ class Timeouts:
 
     def __post_init__(self) -> None:
         ladder = [field.name for field in fields(self)][:4]
-        for inner, outer in zip(ladder, ladder[1:], strict=False):
+        for inner, outer in pairwise(ladder):
             if not getattr(self, inner) < getattr(self, outer):
                 raise ValueError(f"{inner} must be less than {outer}.")
         if not self.heartbeat_seconds < self.idle_seconds < self.total_seconds:
@@ -52,7 +53,7 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         self,
         host: str,
         port: int,
-        timeout: float | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 the library's own signature
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:

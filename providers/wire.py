@@ -18,6 +18,8 @@ Json = dict[str, Any]
 # Bigger than any honest event; a stream that exceeds it is broken off (design, section 7).
 MOST_EVENT_BYTES = 16 << 20
 MOST_ANSWER_BYTES = 64 << 20
+# What an upstream claims beyond this is nonsense, and must still fit into a row.
+MOST_TOKENS = 10**12
 
 
 class ApiError(Exception):
@@ -200,7 +202,7 @@ class Usage(msgspec.Struct):
             if self.total_tokens is None:
                 return None
             prompt = self.total_tokens
-        prompt, completion = max(0, prompt or 0), max(0, completion or 0)
+        prompt, completion = _within(prompt, MOST_TOKENS), _within(completion, MOST_TOKENS)
         before = self.prompt_tokens_details or self.input_tokens_details or Details()
         after = self.completion_tokens_details or self.output_tokens_details or Details()
         cached = _within(before.cached_tokens if before.cached_tokens is not None else self.prompt_cache_hit_tokens, prompt)
@@ -242,7 +244,7 @@ class InnerResponse(msgspec.Struct):
 
 
 class Event(msgspec.Struct):
-    """What we look at in one event of a stream, whichever endpoint it belongs to."""
+    """What we look at in one event of a stream, or in a whole answer, whichever endpoint it belongs to."""
 
     type: str | None = None
     choices: list[Choice] | None = None
@@ -251,18 +253,21 @@ class Event(msgspec.Struct):
     response: InnerResponse | None = None
 
 
-class Answer(msgspec.Struct):
-    """What we look at in a whole JSON answer."""
-
-    usage: Usage | None = None
-    error: Any = None
-    choices: list[Choice] | None = None
-
-
-decode_event = msgspec.json.Decoder(Event).decode
-decode_answer = msgspec.json.Decoder(Answer).decode
+_decode_event = msgspec.json.Decoder(Event).decode
 decode_json = msgspec.json.Decoder().decode
 encode_json = msgspec.json.Encoder().encode
+
+
+def decode_event(data: bytes) -> Event:
+    """One event or one whole answer. What has an unknown shape degrades to "some content": only JSON is insisted on.
+
+    Raises msgspec.DecodeError or RecursionError when it is not JSON."""
+    try:
+        return _decode_event(data)
+    except msgspec.ValidationError:
+        value = decode_json(data)
+        error = value.get("error") if isinstance(value, dict) else None
+        return Event(error=error, choices=[Choice(text="?")])
 
 DONE = b"data: [DONE]\n\n"
 

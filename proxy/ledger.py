@@ -38,27 +38,27 @@ QUARTER = timedelta(minutes=15)
 
 Row = dict[str, Any]
 
-_COLUMNS = [field.column for field in UsageEvent._meta.concrete_fields]
-_TABLE = UsageEvent._meta.db_table
+# SQL is put together once, from the names of our own columns; values are always parameters.
+_COLUMNS = [str(field.column) for field in UsageEvent._meta.concrete_fields]
 _NAMES = ", ".join(f'"{name}"' for name in _COLUMNS)
-_INSERT = f'INSERT INTO "{_TABLE}" ({_NAMES}) VALUES ({", ".join(["%s"] * len(_COLUMNS))})'
+_TABLE = UsageEvent._meta.db_table
 _STAGE = f'CREATE TEMPORARY TABLE IF NOT EXISTS usage_staging (LIKE "{_TABLE}") ON COMMIT DELETE ROWS'
 _COPY = f"COPY usage_staging ({_NAMES}) FROM STDIN"
-_FROM_STAGE = f'INSERT INTO "{_TABLE}" ({_NAMES}) SELECT {_NAMES} FROM usage_staging ORDER BY at, request_id ON CONFLICT DO NOTHING RETURNING request_id'
+_INTO = f'INSERT INTO "{_TABLE}" ({_NAMES})'
+_INSERT = f"{_INTO} VALUES ({', '.join(['%s'] * len(_COLUMNS))})"
+_FROM_STAGE = f"{_INTO} SELECT {_NAMES} FROM usage_staging ORDER BY at, request_id ON CONFLICT DO NOTHING RETURNING request_id"  # noqa: S608
 _DIMENSIONS = ["slot", "organization_id", "team_id", "user_id", "key_id", "credential_id", "provider", "model"]
 _SUMS = ["requests", "errors", "unpriced", "estimated", "fresh_input", "cache_read", "cache_write", "output", "reasoning", "cost"]
-_TOTAL = UsageTotal._meta.db_table
 
 
 def _upsert(table: str, dimensions: Sequence[str], sums: Sequence[str]) -> str:
     names = [*dimensions, *sums]
-    return (
-        f'INSERT INTO "{table}" ({", ".join(names)}) VALUES ({", ".join(["%s"] * len(names))}) '
-        f"ON CONFLICT ({', '.join(dimensions)}) DO UPDATE SET " + ", ".join(f'{name} = "{table}".{name} + excluded.{name}' for name in sums)
-    )
+    added = ", ".join(f'{name} = "{table}".{name} + excluded.{name}' for name in sums)
+    insert = f'INSERT INTO "{table}" ({", ".join(names)}) VALUES ({", ".join(["%s"] * len(names))})'  # noqa: S608
+    return f"{insert} ON CONFLICT ({', '.join(dimensions)}) DO UPDATE SET {added}"
 
 
-_ADD_TO_TOTAL = _upsert(_TOTAL, _DIMENSIONS, _SUMS)
+_ADD_TO_TOTAL = _upsert(UsageTotal._meta.db_table, _DIMENSIONS, _SUMS)
 _ADD_REFUSAL = _upsert(RefusedCalls._meta.db_table, ["hour", "key_id", "status", "code"], ["count"])
 
 
@@ -238,13 +238,11 @@ class Ledger(threading.Thread):
             return stored
 
     def _ship_segment(self, number: int, until: int | None) -> int:
-        rows: list[Row] = []
-        end = self._cursor.offset
-        for record, end in journal.read(self._own.segment(number), self._cursor.offset, until):
-            if isinstance(record, Settled):
-                rows.append(row_of(record))
+        read = list(journal.read(self._own.segment(number), self._cursor.offset, until))
+        rows = [row_of(record) for record, _ in read if isinstance(record, Settled)]
         stored = store(rows)
-        self._cursor.offset = end
+        if read:
+            self._cursor.offset = read[-1][1]
         for row in rows:
             self._used[row["key_id"]] = max(row["at"], self._used.get(row["key_id"], row["at"]))
         return stored
@@ -322,7 +320,7 @@ def _insert(rows: Sequence[Row]) -> set[uuid.UUID]:
     known = set(UsageEvent.objects.filter(pk__in=ids).values_list("pk", flat=True))
     fields = UsageEvent._meta.concrete_fields
     adapted = [
-        [field.get_db_prep_save(row[field.column], connection) for field in fields] for row in rows if row["request_id"] not in known
+        [field.get_db_prep_save(row[str(field.column)], connection) for field in fields] for row in rows if row["request_id"] not in known
     ]
     if adapted:
         with connection.cursor() as cursor:

@@ -21,8 +21,9 @@ from providers.failures import (
     UpstreamFailure,
     gateway_error,
 )
+from providers.wire import ApiError
 from proxy.catalog import Upstream
-from proxy.errors import ApiError, OverBudget, OverLimit
+from proxy.errors import OverBudget, OverLimit
 
 IGNORED_REST_SECONDS = 5.0  # a rest this short is no reason to refuse a call
 REST_SECONDS = {RateLimited: 10.0, ForbiddenAtUpstream: 60.0, ModelGone: 60.0, OutOfCredit: 300.0, CredentialRefused: 300.0}

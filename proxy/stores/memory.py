@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from accounts.principal import Limit
-from proxy.errors import ApiError, OverBudget, OverLimit, UnpricedModel
+from providers.wire import ApiError
+from proxy.errors import OverBudget, OverLimit, UnpricedModel
 from proxy.stores.limits import Budget, Hold, window_start
 
 MINUTE = 60.0
