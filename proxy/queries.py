@@ -1,0 +1,493 @@
+"""Reads of usage. An organization always comes first; `usage_rows`, for the operator's command, is the one exception.
+
+Figures come from the totals by quarter of an hour. The log itself is read newest first, a page at a time, within a
+window of time, and is never counted.
+"""
+
+from __future__ import annotations
+
+import uuid
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime, time, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from django.db.models import Max, Q, QuerySet, Sum
+from django.db.models.functions import TruncDay
+
+from accounts.models import ApiKey, Limit, Metric, Organization, User
+from accounts.principal import ID_LENGTH
+from providers.models import Credential
+from proxy.models import RefusedCalls, UsageEvent, UsageTotal
+from proxy.stores.limits import window_start
+
+QUARTER = timedelta(minutes=15)
+DAY = timedelta(days=1)
+MONTH = timedelta(days=30)
+PAGE_ROWS = 50
+MOST_GROUPS = 1000
+SHADOW = "shadow:"
+_CHUNK_ROWS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Requests, disjoint parts of tokens, and micro-dollars of the priced ones. `unpriced` requests are in no `cost`."""
+
+    requests: int = 0
+    errors: int = 0
+    unpriced: int = 0
+    estimated: int = 0
+    fresh_input: int = 0
+    cache_read: int = 0
+    cache_write: int = 0
+    output: int = 0
+    reasoning: int = 0
+    cost: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
+
+    @property
+    def input_tokens(self) -> int:
+        return self.fresh_input + self.cache_read + self.cache_write
+
+    @property
+    def output_tokens(self) -> int:
+        return self.output + self.reasoning
+
+    @property
+    def estimated_share(self) -> float:
+        """Between 0 and 1."""
+        return min(1.0, max(0.0, self.estimated / self.requests)) if self.requests > 0 else 0.0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(getattr(self, name) + getattr(other, name) for name in SUMS))
+
+
+SUMS = tuple(field.name for field in fields(Sums))
+
+
+@dataclass(frozen=True, slots=True)
+class KeyTotals:
+    """What one key used in the last 24 hours and the last 30 days."""
+
+    day: Sums = Sums()
+    month: Sums = Sums()
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of time up to now, and into what steps a chart cuts it."""
+
+    name: str
+    title: str
+    steps: int
+    step_hours: int
+
+
+SPANS = {
+    span.name: span
+    for span in (
+        Span("24h", "24 hours", steps=24, step_hours=1),
+        Span("7d", "7 days", steps=28, step_hours=6),
+        Span("30d", "30 days", steps=30, step_hours=24),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """One step of a chart. Both ends are in the organization's time zone."""
+
+    starts_at: datetime
+    ends_at: datetime
+    sums: Sums
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A line of a breakdown: the sums of one model, one key or one day."""
+
+    name: str
+    sums: Sums
+    provider: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """How often calls were refused with one code. `shadow` ones went through: the limit only counts."""
+
+    status: int
+    code: str
+    count: int
+    last_hour: datetime
+    shadow: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A money limit with what was spent in its current window, in micro-dollars. `ends_at` is None for `total`."""
+
+    limit: Limit
+    spent: int
+    starts_at: datetime | None
+    ends_at: datetime | None
+
+    @property
+    def share(self) -> float:
+        """0 = nothing spent, 1 = all of it, more = over."""
+        return self.spent / self.limit.amount if self.limit.amount else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A place in the log: rows older than it come next."""
+
+    at: datetime
+    request_id: uuid.UUID
+
+    def __str__(self) -> str:
+        return f"{_microseconds(self.at)}-{self.request_id.hex}"
+
+    @classmethod
+    def parse(cls, text: str) -> Cursor:
+        """Raises ValueError."""
+        moment, _, request_id = text.partition("-")
+        try:
+            return cls(datetime.fromtimestamp(0, UTC) + timedelta(microseconds=int(moment)), uuid.UUID(request_id))
+        except (ValueError, OverflowError):
+            raise ValueError(f"'{text[:100]}' is not a cursor that a page of the log gave.") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Rows of the log, newest first. `older` is None on the last page."""
+
+    rows: Sequence[UsageEvent]
+    older: Cursor | None
+
+
+def zone_of(organization: Organization) -> ZoneInfo:
+    """A name that has meanwhile left the time zone database counts as UTC."""
+    try:
+        return ZoneInfo(organization.time_zone)
+    except (ValueError, OSError):
+        return ZoneInfo("UTC")
+
+
+def totals_by_key(organization: Organization, key_ids: Collection[int], now: datetime) -> dict[int, KeyTotals]:
+    """One query for all keys. A key that was not used is absent."""
+    day = _quarter(now - DAY)
+    recent = Q(slot__gte=day)
+    rows = (
+        _totals(organization, since=now - MONTH, key_ids=key_ids)
+        .values("key_id")
+        .annotate(
+            **{f"month_{name}": Sum(name) for name in SUMS},
+            **{f"day_{name}": Sum(name, filter=recent) for name in SUMS},
+        )
+        .order_by()
+    )
+    return {row["key_id"]: KeyTotals(day=_sums(row, "day_"), month=_sums(row, "month_")) for row in rows}
+
+
+def totals(
+    organization: Organization,
+    *,
+    since: datetime,
+    until: datetime | None = None,
+    user_id: int | None = None,
+    key_ids: Collection[int] | None = None,
+) -> Sums:
+    """Everything in the window, or what one person's keys or some keys had of it."""
+    found = _totals(organization, since=since, until=until, user_id=user_id, key_ids=key_ids)
+    return _sums(found.aggregate(**{f"all_{name}": Sum(name) for name in SUMS}), "all_")
+
+
+def totals_by(
+    organization: Organization,
+    group: str,
+    *,
+    since: datetime,
+    until: datetime | None = None,
+    user_id: int | None = None,
+    key_ids: Collection[int] | None = None,
+) -> list[Group]:
+    """By "model", "key" (its number) or "day" (in the organization's time zone); at most MOST_GROUPS.
+
+    Days come in their order, the others by what they cost."""
+    found = _totals(organization, since=since, until=until, user_id=user_id, key_ids=key_ids)
+    if group == "day":
+        found = found.annotate(day=TruncDay("slot", tzinfo=zone_of(organization)))
+        order, columns = ["day"], ["day"]
+    elif group == "key":
+        order, columns = ["-all_cost", "-all_requests", "key_id"], ["key_id"]
+    else:
+        order, columns = ["-all_cost", "-all_requests", "model", "provider"], ["model", "provider"]
+    rows = found.values(*columns).annotate(**{f"all_{name}": Sum(name) for name in SUMS}).order_by(*order)[:MOST_GROUPS]
+    return [
+        Group(
+            name=row["day"].date().isoformat() if group == "day" else str(row[columns[0]]),
+            sums=_sums(row, "all_"),
+            provider=row.get("provider", ""),
+        )
+        for row in rows
+    ]
+
+
+def starts_of(span: Span, zone: ZoneInfo, now: datetime) -> list[datetime]:
+    """The moments at which the steps of a chart begin, oldest first; the last one holds `now`."""
+    local = now.astimezone(zone)
+    if span.step_hours == 1:
+        # Counted in real hours, so that the hour that a clock repeats or skips is right.
+        last = now - timedelta(minutes=local.minute, seconds=local.second, microseconds=local.microsecond)
+        return [(last - timedelta(hours=back)).astimezone(zone) for back in reversed(range(span.steps))]
+    # Counted on the wall: a day begins at midnight also when it has 23 or 25 hours.
+    hour = local.hour // span.step_hours * span.step_hours
+    last = datetime.combine(local.date(), time(hour))
+    walls = [last - timedelta(hours=back * span.step_hours) for back in reversed(range(span.steps))]
+    return [wall.replace(tzinfo=zone).astimezone(UTC).astimezone(zone) for wall in walls]
+
+
+def series(organization: Organization, key_id: int, span: Span, now: datetime) -> list[Bucket]:
+    """A key's usage in equal steps up to now, empty ones included."""
+    zone = zone_of(organization)
+    starts = starts_of(span, zone, now)
+    filled = [Sums() for _ in starts]
+    rows = (
+        _totals(organization, since=starts[0], key_ids=[key_id])
+        .values("slot")
+        .annotate(**{f"all_{name}": Sum(name) for name in SUMS})
+        .order_by("slot")
+    )
+    for row in rows:
+        index = bisect_right(starts, row["slot"]) - 1
+        filled[index] += _sums(row, "all_")
+    ends = [*starts[1:], _end_of_step(starts[-1], span, zone)]
+    return [Bucket(start, end, sums) for start, end, sums in zip(starts, ends, filled, strict=True)]
+
+
+def since_of(span: Span, organization: Organization, now: datetime) -> datetime:
+    """When a span begins: the same moment for the chart, the breakdown and the log below it."""
+    return starts_of(span, zone_of(organization), now)[0]
+
+
+def recent_requests(
+    organization: Organization, key_id: int, *, since: datetime, before: Cursor | None = None, rows: int = PAGE_ROWS
+) -> Page:
+    """A key's requests since a moment, newest first, by keyset: each page costs the same, however long the log is."""
+    found = UsageEvent.objects.filter(organization=organization, key=key_id, at__gte=since)
+    if before is not None:
+        found = found.filter(Q(at__lt=before.at) | Q(at=before.at, request_id__lt=before.request_id), at__lte=before.at)
+    page = list(found.order_by("-at", "-request_id")[: rows + 1])
+    last = page[rows - 1] if len(page) > rows else None
+    return Page(page[:rows], Cursor(last.at, last.request_id) if last else None)
+
+
+def refused_calls(organization: Organization, key_id: int, *, since: datetime) -> list[Refused]:
+    """Why a key's calls were refused, the most frequent first. Counted by the hour in which `since` lies."""
+    hour = since.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+    own = ApiKey.objects.filter(organization=organization, pk=key_id)
+    rows = (
+        RefusedCalls.objects.filter(key_id__in=own.values("pk"), hour__gte=hour)
+        .values("status", "code")
+        .annotate(total=Sum("count"), last_hour=Max("hour"))
+        .order_by("-total", "code")
+    )
+    return [
+        Refused(row["status"], row["code"].removeprefix(SHADOW), row["total"], row["last_hour"], shadow=row["code"].startswith(SHADOW))
+        for row in rows
+    ]
+
+
+def budgets(organization: Organization, limits: Iterable[Limit], now: datetime) -> list[Budget]:
+    """The money limits among these with what their scope spent in the current window. One query for all of them."""
+    money = [limit for limit in limits if limit.metric == Metric.MONEY and limit.organization_id == organization.pk]
+    if not money:
+        return []
+    zone = zone_of(organization)
+    starts = [datetime.fromtimestamp(window_start(limit.window, zone.key, now.timestamp()), UTC) for limit in money]
+    spent = _totals(organization, since=min(starts)).aggregate(
+        **{
+            f"spent_{number}": Sum("cost", filter=Q(slot__gte=start) & _scope(limit))
+            for number, (limit, start) in enumerate(zip(money, starts, strict=True))
+        }
+    )
+    return [
+        Budget(
+            limit=limit,
+            spent=spent[f"spent_{number}"] or 0,
+            starts_at=None if limit.window == "total" else start,
+            ends_at=_end_of_window(limit.window, start, zone),
+        )
+        for number, (limit, start) in enumerate(zip(money, starts, strict=True))
+    ]
+
+
+USAGE_COLUMNS = [
+    "request_id",
+    "at",
+    "organization",
+    "user",
+    "key",
+    "model",
+    "served_model",
+    "provider",
+    "credential",
+    "status",
+    "error",
+    "stream",
+    "attempts",
+    "input_tokens",
+    "cached_tokens",
+    "cache_write_tokens",
+    "output_tokens",
+    "reasoning_tokens",
+    "cost_usd",
+    "usage_source",
+    "first_byte_ms",
+    "duration_ms",
+]
+
+
+def usage_rows(since: datetime | None = None, key: str | None = None) -> Iterator[dict[str, Any]]:
+    """The log of every organization, the oldest row first, as flat rows of USAGE_COLUMNS. For the operator alone.
+
+    `key` is a key's number or the id inside the key. `at` is ISO 8601 in UTC, `organization` a slug, `user` an e-mail,
+    `key` and `credential` their names; `cost_usd` is None where there was no price. It reads in chunks, so that neither
+    memory nor a transaction grows with the log."""
+    found = UsageEvent.objects.order_by("at", "request_id")
+    if since is not None:
+        found = found.filter(at__gte=since)
+    if key is not None:
+        found = found.filter(key__in=_keys_named(key))
+    names = _Names()
+    last: UsageEvent | None = None
+    while True:
+        rest = found
+        if last is not None:
+            rest = found.filter(Q(at__gt=last.at) | Q(at=last.at, request_id__gt=last.request_id), at__gte=last.at)
+        chunk = list(rest[:_CHUNK_ROWS])
+        names.learn(chunk)
+        for event in chunk:
+            yield _flat(event, names)
+        if len(chunk) < _CHUNK_ROWS:
+            return
+        last = chunk[-1]
+
+
+class _Names:
+    """What the log's references are called. Each is looked up once; what is gone is shown by its number."""
+
+    def __init__(self) -> None:
+        self.organizations: dict[int, str] = {}
+        self.users: dict[int, str] = {}
+        self.keys: dict[int, str] = {}
+        self.credentials: dict[int, str] = {}
+
+    def learn(self, events: Sequence[UsageEvent]) -> None:
+        self._learn(self.organizations, {event.organization_id for event in events}, Organization.objects.values_list("pk", "slug"))
+        self._learn(self.users, {event.user_id for event in events}, User.objects.values_list("pk", "email"))
+        self._learn(self.keys, {event.key_id for event in events}, ApiKey.objects.values_list("pk", "name"))
+        credentials = {event.credential_id for event in events if event.credential_id is not None}
+        self._learn(self.credentials, credentials, Credential.objects.values_list("pk", "label"))
+
+    @staticmethod
+    def _learn(known: dict[int, str], ids: set[int], names: QuerySet[Any, tuple[int, str]]) -> None:
+        missing = ids - known.keys()
+        if missing:
+            known.update({number: str(number) for number in missing})
+            known.update(names.filter(pk__in=missing))
+
+
+def _flat(event: UsageEvent, names: _Names) -> dict[str, Any]:
+    return {
+        "request_id": str(event.request_id),
+        "at": event.at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "organization": names.organizations[event.organization_id],
+        "user": names.users[event.user_id],
+        "key": names.keys[event.key_id],
+        "model": event.model,
+        "served_model": event.served_model,
+        "provider": event.provider,
+        "credential": names.credentials[event.credential_id] if event.credential_id is not None else "",
+        "status": event.status,
+        "error": event.error,
+        "stream": event.stream,
+        "attempts": event.attempts,
+        "input_tokens": event.input_tokens,
+        "cached_tokens": event.cache_read,
+        "cache_write_tokens": event.cache_write,
+        "output_tokens": event.output_tokens,
+        "reasoning_tokens": event.reasoning,
+        "cost_usd": None if event.cost is None else event.cost / 1_000_000,
+        "usage_source": event.usage_source,
+        "first_byte_ms": event.first_byte_ms,
+        "duration_ms": event.duration_ms,
+    }
+
+
+def _keys_named(name: str) -> list[int]:
+    if name.isascii() and name.isdigit() and len(name) < ID_LENGTH:
+        return [int(name)]
+    return list(ApiKey.objects.filter(handle=name).values_list("pk", flat=True))
+
+
+def _totals(
+    organization: Organization,
+    *,
+    since: datetime,
+    until: datetime | None = None,
+    user_id: int | None = None,
+    key_ids: Collection[int] | None = None,
+) -> QuerySet[UsageTotal]:
+    found = UsageTotal.objects.filter(organization_id=organization.pk, slot__gte=_quarter(since))
+    if until is not None:
+        found = found.filter(slot__lt=until)
+    if user_id is not None:
+        found = found.filter(user_id=user_id)
+    if key_ids is not None:
+        found = found.filter(key_id__in=list(key_ids))
+    return found
+
+
+def _scope(limit: Limit) -> Q:
+    if limit.key_id:
+        return Q(key_id=limit.key_id)
+    if limit.user_id:
+        return Q(user_id=limit.user_id)
+    return Q(team_id=limit.team_id) if limit.team_id else Q(organization_id=limit.organization_id)
+
+
+def _end_of_step(start: datetime, span: Span, zone: ZoneInfo) -> datetime:
+    if span.step_hours == 1:
+        return (start.astimezone(UTC) + timedelta(hours=1)).astimezone(zone)
+    return (start.replace(tzinfo=None) + timedelta(hours=span.step_hours)).replace(tzinfo=zone).astimezone(UTC).astimezone(zone)
+
+
+def _end_of_window(window: str, start: datetime, zone: ZoneInfo) -> datetime | None:
+    if window == "total":
+        return None
+    first = start.astimezone(zone).replace(tzinfo=None)
+    if window == "month":
+        end = (first.replace(day=1) + timedelta(days=32)).replace(day=1)
+    else:
+        end = first + timedelta(days=7 if window == "week" else 1)
+    return end.replace(tzinfo=zone).astimezone(UTC)
+
+
+def _sums(row: Mapping[str, Any], prefix: str) -> Sums:
+    return Sums(*(row[prefix + name] or 0 for name in SUMS))
+
+
+def _quarter(moment: datetime) -> datetime:
+    utc = moment.astimezone(UTC)
+    return utc.replace(minute=utc.minute // 15 * 15, second=0, microsecond=0)
+
+
+def _microseconds(moment: datetime) -> int:
+    return (moment - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)
