@@ -77,6 +77,8 @@ class Adapter:
     policy: ClassVar[str] = "allowed"
     free: ClassVar[bool] = False  # its models get the explicit price 0 when a credential is added
     needs_secret: ClassVar[bool] = True
+    # The settings it understands beside those that every kind has.
+    settings: ClassVar[frozenset[str]] = frozenset()
     endpoints: ClassVar[frozenset[str]] = frozenset({"chat/completions"})
     # An adapter that needs no network answers through a transport of its own.
     transport: httpx.AsyncBaseTransport | None = None
@@ -103,6 +105,21 @@ class Adapter:
     def models(self, body: bytes) -> dict[str, Json]:
         """Upstream id -> what it said of the model. Raises UpstreamProtocol."""
         return {}
+
+    def listed(self) -> dict[str, Json]:
+        """The same, where the list is known without a call."""
+        return {}
+
+    def base_url_from(self, given: str) -> str:
+        """What is kept of a base URL, which has been checked to be one."""
+        return given.rstrip("/")
+
+    def secret_from(self, given: str) -> str:
+        """What is kept of a secret. Raises ValueError, in words, for one that cannot be right."""
+        secret = given.strip()
+        if not secret.isprintable() or not secret.isascii():
+            raise ValueError("A secret is one line of plain characters: this one has a line break or a letter that no header can carry.")
+        return secret
 
 
 @dataclass(frozen=True, slots=True)

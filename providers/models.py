@@ -1,6 +1,8 @@
 """Upstream accounts, the models they list, and what those cost.
 
 `changed` is sent, inside the transaction, by whoever changes rows that the hot path reads without calling `save()`.
+`audited` is sent, inside the transaction, by every action a person may have to answer for: whoever keeps the record of
+such things listens. It carries actor, organization_id, action, subject and detail.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from providers import registry
 from providers.secrets import Place
 
 changed = Signal()
+audited = Signal()
 
 
 class State(models.TextChoices):
@@ -48,7 +51,8 @@ class Credential(models.Model):
         validators=[RegexValidator(r"^[A-Za-z0-9][A-Za-z0-9._-]*$", "Letters, digits, dot, dash and underscore, without a slash.")],
         help_text="Public model ids are prefix/model.",
     )
-    base_url = models.URLField(max_length=500, blank=True, help_text="Empty = the vendor's own.")
+    # Not a URLField: its validator knows no host names without a dot, and the neighbour's server is often called just "ollama".
+    base_url = models.CharField("base URL", max_length=500, blank=True, help_text="Empty = the vendor's own.")
     settings = models.JSONField(default=dict, blank=True)
     secret = models.BinaryField(null=True, editable=False)
     weight = models.PositiveIntegerField(default=1)
@@ -56,6 +60,7 @@ class Credential(models.Model):
     state = models.CharField(max_length=16, choices=State, default=State.ACTIVE)
     policy_accepted_at = models.DateTimeField(null=True, blank=True, editable=False)
     models_refreshed_at = models.DateTimeField(null=True, blank=True, editable=False)
+    models_due_at = models.DateTimeField(null=True, blank=True, editable=False, help_text="When to ask for its models again; empty = now.")
     last_error = models.CharField(max_length=500, blank=True, editable=False)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
 

@@ -71,7 +71,8 @@ class PriceBook:
     """Finds the row for a public model id at a time: by hand before the package, the closest pattern, the latest start."""
 
     def __init__(self, prices: Iterable[Price] = ()) -> None:
-        ranked = sorted(prices, key=lambda price: (price.by_hand, _closeness(price.pattern), price.starts_at), reverse=True)
+        # Of two rows with the same start the later one corrects the earlier.
+        ranked = sorted(prices, key=lambda price: (price.by_hand, _closeness(price.pattern), price.starts_at, price.id), reverse=True)
         self._exact: dict[str, list[Price]] = {}
         self._patterns: list[Price] = []
         for price in ranked:

@@ -112,6 +112,10 @@ class Redactor:
             self._values = kept
             self._known = re.compile("|".join(re.escape(value) for value in sorted(kept, key=len, reverse=True))) if kept else None
 
+    def learn_more(self, values: Iterable[str]) -> None:
+        """Add to what is known by value: for a secret that has just been given or opened."""
+        self.learn(self._values.union(values))
+
     def __call__(self, text: str) -> str:
         if self._known is not None:
             text = self._known.sub("[redacted]", text)

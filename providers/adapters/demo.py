@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 import httpx
 
 from providers import wire
-from providers.adapter import OpenAICompatible
+from providers.adapter import OpenAICompatible, Target
+from providers.wire import Json
 
 
 class _Stream(httpx.AsyncByteStream):
@@ -51,3 +52,9 @@ class Demo(OpenAICompatible):
     free = True
     needs_secret = False
     transport = DemoTransport()
+
+    def models_request(self, target: Target) -> httpx.Request | None:
+        return None
+
+    def listed(self) -> dict[str, Json]:
+        return {"echo": {}}

@@ -1,0 +1,141 @@
+"""What an operator gives for a credential or a price, checked, with words for what is wrong. No database here.
+
+Every function raises ValidationError keyed by the field, so that a form, a command and the API can say it in place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
+from urllib.parse import urlsplit
+
+from django.core.exceptions import ValidationError
+
+from providers import registry
+from providers.adapter import Adapter
+
+FLAGS = frozenset({"pass_through", "listed_only"})
+EVERY_KIND = FLAGS | {"proxy_url"}
+WORDS_FOR_FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+MICRO = 1_000_000
+DEAREST_USD = 1_000_000  # per million tokens: more is a slip of the keyboard
+
+_PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+
+
+def kind(name: str) -> Adapter:
+    """The adapter that speaks this kind."""
+    if name not in registry.names():
+        raise ValidationError({"kind": f"There is no kind '{name}'. Known: {', '.join(registry.names())}."})
+    return registry.adapter(name)
+
+
+def label(text: str) -> str:
+    text = text.strip()
+    if not text or len(text) > 100 or not text.isprintable():
+        raise ValidationError({"label": "A label has 1 to 100 characters, in one line."})
+    return text
+
+
+def prefix(text: str) -> str:
+    if not _PREFIX.fullmatch(text):
+        raise ValidationError(
+            {"prefix": f"'{text}' cannot be a prefix: 1 to 40 letters, digits, dots, dashes and underscores, without a slash."}
+        )
+    return text
+
+
+def base_url(adapter: Adapter, text: str) -> str:
+    """As it is kept; empty stays empty and means the vendor's own."""
+    text = text.strip()
+    return adapter.base_url_from(_http_address("base_url", text, "https://llm.example.org/v1")) if text else ""
+
+
+def _http_address(field: str, text: str, example: str) -> str:
+    """An address with nothing in it that could hide where the call really goes."""
+    try:
+        parts = urlsplit(text)
+        parts.port  # noqa: B018 reading it checks it
+    except ValueError:
+        raise ValidationError({field: f"'{text}' is not an address such as {example}."}) from None
+    if parts.username is not None or parts.password is not None or "@" in parts.netloc:
+        raise ValidationError({field: "An address carries no user name or password: give the secret as the secret."})
+    if parts.scheme not in {"http", "https"} or not parts.hostname or not text.isascii() or re.search(r"[\s\\]", text):
+        raise ValidationError({field: f"'{text}' is not an address such as {example}."})
+    if "?" in text or "#" in text:
+        raise ValidationError({field: "An address here ends with its path: no '?' and no '#'."})
+    if len(text) > 480:
+        raise ValidationError({field: "An address has at most 480 characters."})
+    return text
+
+
+def settings(adapter: Adapter, given: Mapping[str, object]) -> dict[str, object]:
+    """By name, without those that are empty. Flags become booleans, everything else stays text."""
+    allowed = EVERY_KIND | adapter.settings
+    kept: dict[str, object] = {}
+    for name, value in given.items():
+        if name not in allowed:
+            raise ValidationError({"settings": f"'{adapter.name}' has no setting '{name}'. Known: {', '.join(sorted(allowed))}."})
+        if isinstance(value, dict | list):
+            raise ValidationError({"settings": f"'{name}' takes one value."})
+        text = "" if value is None else str(value).strip()
+        if text:
+            kept[name] = _setting(name, text)
+    return kept
+
+
+def _setting(name: str, text: str) -> object:
+    if name in FLAGS:
+        if text.lower() not in WORDS_FOR_FLAGS:
+            raise ValidationError({"settings": f"'{name}' is a switch: 1 or 0."})
+        return WORDS_FOR_FLAGS[text.lower()]
+    if name == "proxy_url":
+        return _http_address("settings", text, "http://proxy.example.org:3128")
+    return text
+
+
+def secret(adapter: Adapter, text: str) -> str:
+    try:
+        kept = adapter.secret_from(text)
+    except ValueError as problem:
+        raise ValidationError({"secret": str(problem)}) from None
+    if not kept and adapter.needs_secret:
+        raise ValidationError({"secret": f"A credential of kind '{adapter.name}' needs a secret."})
+    return kept
+
+
+def policy(adapter: Adapter, *, accepted: bool) -> None:
+    if adapter.policy != "allowed" and not accepted:
+        words = f"By its vendor's terms, use of {adapter.title or adapter.name} here is {adapter.policy}. To go on, accept that (--accept-policy)."
+        raise ValidationError({"accept_policy": words})
+
+
+def weight(number: int) -> int:
+    if not 1 <= number <= 1000:
+        raise ValidationError({"weight": "A weight is a whole number from 1 to 1000."})
+    return number
+
+
+def pattern(text: str) -> str:
+    """A pattern of public model ids."""
+    text = text.strip()
+    if not text or len(text) > 240 or re.search(r"\s", text) or ("*" in text and re.search(r"[?\[\]]", text)):
+        raise ValidationError({"pattern": "A pattern is a public model id such as openai/gpt-4o, in which * stands for anything."})
+    if "/" not in text and "*" not in text:
+        raise ValidationError({"pattern": f"'{text}' would match no model: public ids are prefix/model, such as openai/{text}."})
+    return text
+
+
+def micro_dollars(field: str, usd: str | Decimal | int) -> int:
+    """USD per million tokens -> micro-dollars per million tokens, exactly."""
+    try:
+        amount = Decimal(usd)
+    except InvalidOperation:
+        raise ValidationError({field: f"'{usd}' is not an amount in USD such as 2.50."}) from None
+    if not amount.is_finite() or not 0 <= amount <= DEAREST_USD:
+        raise ValidationError({field: f"An amount is between 0 and {DEAREST_USD} USD per million tokens."})
+    micro = amount * MICRO
+    if micro != int(micro):
+        raise ValidationError({field: f"{usd} USD has more than six decimals: the smallest amount is 0.000001."})
+    return int(micro)
