@@ -139,7 +139,9 @@ class Gateway:
         reply: Reply,
         outcome: Outcome,
     ) -> None:
-        watcher = asyncio.create_task(watch(incoming.receive, reply, outcome, asyncio.current_task()))
+        task = asyncio.current_task()
+        assert task is not None
+        watcher = asyncio.create_task(watch(incoming.receive, reply, outcome, task))
         try:
             if asked.stream:
                 reply.keep_alive(self.timeouts.heartbeat_seconds)
@@ -152,6 +154,7 @@ class Gateway:
             outcome.status, outcome.error = (499, "client_closed") if outcome.client_left else (503, "shutdown")
             if not outcome.client_left:
                 raise
+            task.uncancel()
         except Exception:
             log.exception("Request %s failed", incoming.id)
             outcome.status, outcome.error = 500, "internal_error"
@@ -271,11 +274,11 @@ async def read_body(incoming: Incoming, limit_bytes: int) -> bytes:
             return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-async def watch(receive: Receive, reply: Reply, outcome: Outcome, task: asyncio.Task[None] | None) -> None:
+async def watch(receive: Receive, reply: Reply, outcome: Outcome, task: asyncio.Task[None]) -> None:
     """Cancel the trip as soon as the client leaves: the upstream stops at once, and so does its bill."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    if not reply.finished and task is not None:
+    if not reply.finished:
         outcome.client_left = True
         task.cancel()
 

@@ -334,7 +334,7 @@ _PARTS = ("fresh_input", "cache_read", "cache_write", "output", "reasoning")
 def _corrections(known: Sequence[Row]) -> list[Row]:
     """A settlement that turns up after its request was written off as interrupted: the difference, as a row of its own."""
     settled = {row["request_id"]: row for row in known if row["error"] != INTERRUPTED}
-    written_off = UsageEvent.objects.filter(pk__in=list(settled), error=INTERRUPTED, corrects=None)
+    written_off = UsageEvent.objects.filter(at__in=[row["at"] for row in known], pk__in=list(settled), error=INTERRUPTED, corrects=None)
     corrections = []
     for before in written_off:
         row = dict(settled[before.request_id])

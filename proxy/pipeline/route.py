@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from accounts.principal import Principal
 from providers.adapter import Target
 from providers.secrets import SecretText
-from proxy.catalog import Catalog, Upstream
+from proxy.catalog import Catalog
 from proxy.errors import InvalidRequest, ModelNotAllowed, ModelNotFound
-from proxy.stores.health import Health
-
-Candidate = tuple[Upstream, str]  # a credential, and the model's name there
+from proxy.stores.health import Candidate, Health
 
 
 def route(principal: Principal, model: str, callers_key: str, catalog: Catalog, health: Health) -> list[Target]:
     """Targets in the order in which to try them.
 
     Raises ModelNotFound, ModelNotAllowed, InvalidRequest, and OverLimit or OverBudget when every upstream asked to wait."""
-    found = resolve(principal, model, catalog)
+    groups = resolve(principal, model, catalog)
     if not principal.may_use(model):
-        found = [candidate for candidate in found if principal.may_use(public_id(candidate))]
-        if not found:
+        groups = _only(groups, lambda candidate: principal.may_use(public_id(candidate)))
+        if not groups:
             raise ModelNotAllowed(f"This key may not use the model '{model}'.", param="model")
-    if not found:
+    if not groups:
         raise ModelNotFound(f"The model '{model}' does not exist or you do not have access to it.", param="model")
     if callers_key:
-        found = [candidate for candidate in found if candidate[0].pass_through]
-        if not found:
+        groups = _only(groups, lambda candidate: candidate[0].pass_through)
+        if not groups:
             raise InvalidRequest("No upstream of this model accepts a key of the caller's own.", code="upstream_key_not_allowed")
-    return [_target(candidate, callers_key) for candidate in health.order(found)]
+    return [_target(candidate, callers_key) for candidate in health.order(groups)]
 
 
-def resolve(principal: Principal, model: str, catalog: Catalog) -> list[Candidate]:
-    """Every credential that could serve this name, in no particular order within one model."""
+def resolve(principal: Principal, model: str, catalog: Catalog) -> list[list[Candidate]]:
+    """Every credential that could serve this name: one group for each model of an alias, else one group in all."""
     alias = catalog.alias(model, principal)
-    if alias is not None:
-        return _of_models(principal, alias.targets, catalog)
-    found = _of_models(principal, [model], catalog)
-    if found:
-        return found
-    catch_all = catalog.alias("*", principal)
-    return _of_models(principal, catch_all.targets, catalog) if catch_all is not None else []
+    if alias is None:
+        found = _of_model(principal, model, catalog)
+        if found:
+            return [found]
+        alias = catalog.alias("*", principal)
+    targets = alias.targets if alias is not None else ()
+    return [found for target in targets if (found := _of_model(principal, target, catalog))]
+
+
+def _only(groups: list[list[Candidate]], wanted: Callable[[Candidate], bool]) -> list[list[Candidate]]:
+    return [kept for group in groups if (kept := list(filter(wanted, group)))]
 
 
 def public_id(candidate: Candidate) -> str:
@@ -61,27 +63,20 @@ def visible_models(principal: Principal, catalog: Catalog) -> list[tuple[str, st
     return [(name, owner) for name, owner in names.items() if principal.may_use(name)]
 
 
-def _of_models(principal: Principal, models: Sequence[str], catalog: Catalog) -> list[Candidate]:
-    found: list[Candidate] = []
-    for model in models:
-        prefix, slash, upstream_id = model.partition("/")
-        by_prefix: list[Candidate] = []
-        if slash and upstream_id:
-            # Lists go stale: an id that the pool does not list is passed on, unless the credential forbids it.
-            by_prefix = [
-                (upstream, upstream_id)
-                for upstream in catalog.pool(prefix, principal)
-                if upstream_id in upstream.models or not upstream.listed_only
-            ]
-            listing = [candidate for candidate in by_prefix if upstream_id in candidate[0].models]
-            by_prefix = listing or by_prefix
-        found += by_prefix or [
-            (upstream, model)
-            for prefix in catalog.prefixes_listing(model)
-            for upstream in catalog.pool(prefix, principal)
-            if model in upstream.models
-        ]
-    return found
+def _of_model(principal: Principal, model: str, catalog: Catalog) -> list[Candidate]:
+    prefix, slash, upstream_id = model.partition("/")
+    if slash and upstream_id:
+        # Lists go stale: an id that the pool does not list is passed on, unless the credential forbids it.
+        pool = [one for one in catalog.pool(prefix, principal) if upstream_id in one.models or not one.listed_only]
+        listing = [one for one in pool if upstream_id in one.models]
+        if pool:
+            return [(upstream, upstream_id) for upstream in listing or pool]
+    return [
+        (upstream, model)
+        for prefix in catalog.prefixes_listing(model)
+        for upstream in catalog.pool(prefix, principal)
+        if model in upstream.models
+    ]
 
 
 def _target(candidate: Candidate, callers_key: str) -> Target:

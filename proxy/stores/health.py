@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from providers.adapter import Target
 from providers.failures import (
@@ -31,6 +32,8 @@ EJECT_AFTER = 5  # gateway errors in a row
 EJECTION_SECONDS, LONGEST_EJECTION_SECONDS = 30.0, 300.0
 ALL_MODELS = ""
 
+Candidate = tuple[Upstream, str]  # a credential, and the model's name there
+
 
 @dataclass(frozen=True, slots=True)
 class Rest:
@@ -48,21 +51,30 @@ class Health:
         self._turns: dict[int, float] = {}  # smooth weighted round robin
         self._no_usage_option: set[tuple[int, str]] = set()
 
-    def order(self, candidates: Sequence[tuple[Upstream, str]]) -> list[tuple[Upstream, str]]:
-        """Candidates (credential, its model) as they should be tried: healthy before resting, by priority, taking turns.
+    def order(self, groups: Sequence[Sequence[Candidate]]) -> list[Candidate]:
+        """Candidates as they should be tried: group after group; within one by priority, taking turns; resting ones last.
 
         Raises OverLimit or OverBudget when every one rests for longer than 5 s because its upstream said so."""
+        if not self._rests:
+            return [one for group in groups for one in self._by_turns(group)]
         now = self._clock()
-        rests = [self._rest_of(upstream.id, model, now) for upstream, model in candidates]
-        if not any(rests):
-            return self._by_turns(candidates)
-        refused = [rest for rest in rests if rest is not None and rest.named and rest.until - now > IGNORED_REST_SECONDS]
-        if len(refused) == len(candidates):
+        healthy: list[Candidate] = []
+        resting: list[tuple[float, Candidate]] = []
+        refused: list[Rest] = []
+        for group in groups:
+            well: list[Candidate] = []
+            for one in group:
+                rest = self._rest_of(one[0].id, one[1], now)
+                if rest is None:
+                    well.append(one)
+                elif rest.named and rest.until - now > IGNORED_REST_SECONDS:
+                    refused.append(rest)
+                else:
+                    resting.append((rest.until, one))
+            healthy += self._by_turns(well)
+        if refused and not healthy and not resting:
             raise self._all_rest(refused, now)
-        healthy = [one for one, rest in zip(candidates, rests, strict=True) if rest is None]
-        resting = [(rest.until, one) for one, rest in zip(candidates, rests, strict=True) if rest is not None and rest not in refused]
-        resting.sort(key=lambda pair: pair[0])
-        return self._by_turns(healthy) + [one for _, one in resting]
+        return healthy + [one for _, one in sorted(resting, key=itemgetter(0))]
 
     def succeeded(self, target: Target) -> None:
         self._errors.pop(target.credential_id, None)
@@ -127,7 +139,7 @@ class Health:
         rest = self._rests.get((account, ALL_MODELS))
         return rest is not None and rest.reason == "ejected" and rest.until > now
 
-    def _by_turns(self, candidates: Sequence[tuple[Upstream, str]]) -> list[tuple[Upstream, str]]:
+    def _by_turns(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         if len(candidates) < 2:
             return list(candidates)
         best = max(upstream.priority for upstream, _ in candidates)

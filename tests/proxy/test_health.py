@@ -1,0 +1,123 @@
+"""Health orders candidates and never empties the list."""
+
+from collections import Counter
+
+import pytest
+
+from providers.adapter import Target
+from providers.failures import CredentialRefused, ForbiddenAtUpstream, ModelGone, OutOfCredit, RateLimited, UpstreamServer
+from providers.secrets import SecretText
+from proxy.catalog import Upstream
+from proxy.errors import OverBudget, OverLimit
+from proxy.stores.health import Health
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def upstream(number: int, **fields) -> Upstream:
+    return Upstream(id=number, kind="openai", label=str(number), prefix="p", base_url="", secret=SecretText("s"), **fields)
+
+
+def target(number: int, model: str = "m", *, callers_key: bool = False) -> Target:
+    return Target("openai", number, str(number), "", SecretText("s"), model, f"p/{model}", callers_key=callers_key)
+
+
+def ids(ordered) -> list[int]:
+    return [one.id for one, _ in ordered]
+
+
+def test_turns_follow_the_weights():
+    health = Health()
+    pool = [(upstream(1, weight=3), "m"), (upstream(2), "m")]
+    first = Counter(ids(health.order([pool]))[0] for _ in range(40))
+    assert first == {1: 30, 2: 10}
+
+
+def test_a_lower_priority_serves_only_when_the_higher_rests():
+    health = Health()
+    pool = [(upstream(1, priority=1), "m"), (upstream(2), "m")]
+    assert {tuple(ids(health.order([pool]))) for _ in range(4)} == {(1, 2)}
+    health.failed(target(1), RateLimited("slow down"), [1, 2])
+    assert ids(health.order([pool])) == [2, 1]
+
+
+@pytest.mark.parametrize("problem", [ForbiddenAtUpstream("no"), ModelGone("no"), RateLimited("no"), OutOfCredit("no", status=402)])
+def test_a_failure_about_one_model_leaves_the_others_in_place(problem):
+    health = Health()
+    health.failed(target(1, "bad"), problem, [1, 2])
+    assert ids(health.order([[(upstream(1), "bad"), (upstream(2), "bad")]])) == [2, 1]
+    first = {ids(health.order([[(upstream(1), "good"), (upstream(2), "good")]]))[0] for _ in range(4)}
+    assert first == {1, 2}
+
+
+def test_a_refused_credential_rests_with_all_its_models_while_another_can_serve():
+    health = Health()
+    health.failed(target(1, "a"), CredentialRefused("no"), [1, 2])
+    assert ids(health.order([[(upstream(1), "b"), (upstream(2), "b")]])) == [2, 1]
+
+
+@pytest.mark.parametrize("problem", [CredentialRefused("no"), ForbiddenAtUpstream("no"), RateLimited("no"), OutOfCredit("no")])
+def test_the_last_candidate_is_tried_whatever_it_did(problem):
+    health = Health()
+    health.failed(target(1), problem, [1])
+    assert ids(health.order([[(upstream(1), "m")]])) == [1]
+
+
+def test_a_long_rest_that_the_upstream_named_is_kept_to():
+    clock = Clock()
+    health = Health(clock)
+    health.failed(target(1), RateLimited("no", retry_after_seconds=40), [1])
+    with pytest.raises(OverLimit) as refused:
+        health.order([[(upstream(1), "m")]])
+    assert refused.value.retry_after_seconds == pytest.approx(40)
+    assert ids(health.order([[(upstream(1), "other")]])) == [1]
+    clock.now += 36  # four seconds are left: too short to refuse a call
+    assert ids(health.order([[(upstream(1), "m")]])) == [1]
+
+
+def test_a_named_rest_for_want_of_quota_says_so():
+    health = Health()
+    health.failed(target(1), OutOfCredit("no", retry_after_seconds=3600), [1])
+    with pytest.raises(OverBudget) as refused:
+        health.order([[(upstream(1), "m")]])
+    assert (refused.value.status, refused.value.should_retry) == (429, False)
+
+
+def test_five_gateway_errors_in_a_row_eject_but_never_more_than_half_a_pool():
+    clock = Clock()
+    health = Health(clock)
+    pool = [(upstream(number), "m") for number in (1, 2, 3)]
+    for number in (1, 2):
+        for _ in range(5):
+            health.failed(target(number), UpstreamServer("500"), [1, 2, 3])
+    assert {ids(health.order([pool]))[-1] for _ in range(6)} == {1}
+    clock.now += 31
+    assert {ids(health.order([pool]))[0] for _ in range(6)} == {1, 2, 3}
+
+
+def test_a_success_between_starts_the_count_again():
+    health = Health()
+    for _ in range(3):
+        for _ in range(4):
+            health.failed(target(1), UpstreamServer("500"), [1, 2])
+        health.succeeded(target(1))
+    assert {ids(health.order([[(upstream(1), "m"), (upstream(2), "m")]]))[0] for _ in range(4)} == {1, 2}
+
+
+def test_the_callers_own_account_says_nothing_about_ours():
+    health = Health()
+    health.failed(target(1, callers_key=True), RateLimited("no", retry_after_seconds=99), [1])
+    assert ids(health.order([[(upstream(1), "m")]])) == [1]
+
+
+def test_a_rest_can_be_cleared_by_hand():
+    health = Health()
+    health.failed(target(1), RateLimited("no", retry_after_seconds=99), [1])
+    health.clear(1)
+    assert ids(health.order([[(upstream(1), "m")]])) == [1]

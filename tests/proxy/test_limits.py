@@ -1,0 +1,177 @@
+"""Limits in memory: all at once or none, settled once, and money to the micro-dollar."""
+
+import asyncio
+from datetime import datetime
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from accounts.principal import Limit
+from proxy.errors import OverBudget, OverLimit, UnpricedModel
+from proxy.stores.limits import Hold, window_start
+from proxy.stores.memory import MemoryLimits
+
+NOON = datetime(2026, 3, 11, 12, tzinfo=ZoneInfo("UTC")).timestamp()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def hold(name: str, *limits: Limit, tokens: int = 10, money: int | None = 0, at: float = NOON) -> Hold:
+    return Hold(request_id=name, at=at, scopes=tuple({limit.scope for limit in limits}), limits=limits, tokens=tokens, money=money)
+
+
+def reserve(store: MemoryLimits, one: Hold) -> tuple[str, ...]:
+    return asyncio.run(store.reserve(one))
+
+
+def test_so_many_requests_a_minute_and_then_a_wait_that_is_true():
+    clock = Clock()
+    store = MemoryLimits(clock)
+    limit = Limit("key:1", "rpm", 3)
+    for number in range(3):
+        reserve(store, hold(f"r{number}", limit))
+    with pytest.raises(OverLimit) as refused:
+        reserve(store, hold("r3", limit))
+
+    assert refused.value.retry_after_seconds == pytest.approx(20)
+    clock.now += refused.value.retry_after_seconds
+    reserve(store, hold("r3", limit))
+
+
+def test_tokens_count_as_they_were_really_used():
+    clock = Clock()
+    store = MemoryLimits(clock)
+    limit = Limit("key:1", "tpm", 100)
+    reserve(store, hold("a", limit, tokens=90))
+    with pytest.raises(OverLimit):
+        reserve(store, hold("b", limit, tokens=20))
+    store.settle("a", tokens=10, money=0)
+    reserve(store, hold("b", limit, tokens=20))
+    store.settle("b", tokens=150, money=0)
+    with pytest.raises(OverLimit) as refused:
+        reserve(store, hold("c", limit, tokens=1))
+    assert refused.value.retry_after_seconds == pytest.approx(60 * 61 / 100)
+
+
+def test_a_place_is_free_again_after_settling_and_settling_twice_frees_one_place():
+    store = MemoryLimits()
+    limit = Limit("key:1", "concurrency", 2)
+    reserve(store, hold("a", limit))
+    reserve(store, hold("b", limit))
+    with pytest.raises(OverLimit):
+        reserve(store, hold("c", limit))
+    store.settle("a", 0, 0)
+    store.settle("a", 0, 0)
+    reserve(store, hold("c", limit))
+    with pytest.raises(OverLimit):
+        reserve(store, hold("d", limit))
+
+
+def test_a_refusal_takes_nothing_of_the_other_limits():
+    store = MemoryLimits()
+    wide, narrow = Limit("organization:1", "concurrency", 5), Limit("key:1", "concurrency", 0)
+    with pytest.raises(OverLimit):
+        reserve(store, hold("a", wide, narrow))
+    assert store.open_holds() == 0
+    for number in range(5):
+        reserve(store, hold(f"r{number}", wide))
+
+
+def test_money_is_held_at_its_worst_and_settled_at_the_truth():
+    store = MemoryLimits()
+    limit = Limit("key:1", "money", 100, window="day")
+    store.track(store.untracked([limit]))
+    reserve(store, hold("a", limit, money=60))
+    with pytest.raises(OverBudget):
+        reserve(store, hold("b", limit, money=41))
+    store.settle("a", 0, 10)
+    assert store.spent(limit, NOON) == 10
+    reserve(store, hold("b", limit, money=90))
+    with pytest.raises(OverBudget) as refused:
+        reserve(store, hold("c", limit, money=1))
+    assert refused.value.should_retry is False
+
+
+def test_a_model_without_a_price_is_refused_under_a_budget_and_only_there():
+    store = MemoryLimits()
+    with pytest.raises(UnpricedModel):
+        reserve(store, hold("a", Limit("key:1", "money", 100, window="day"), money=None))
+    reserve(store, hold("b", Limit("key:1", "rpm", 100), money=None))
+
+
+def test_a_shadow_limit_says_what_it_would_have_done_and_lets_pass():
+    store = MemoryLimits()
+    limit = Limit("key:1", "concurrency", 0, enforce=False)
+    assert reserve(store, hold("a", limit)) == ("shadow:concurrency_limit_exceeded",)
+    assert store.open_holds() == 1
+
+
+def test_what_was_spent_before_a_budget_existed_counts_exactly_once():
+    store = MemoryLimits()
+    limit = Limit("key:1", "money", 100, window="month")
+    reserve(store, Hold("old", NOON, ("key:1",), (), 1, None))  # admitted before there was a budget
+    budgets = store.untracked([limit])
+    store.track(budgets)
+    store.settle("old", 0, 30)  # and settled after: it is not in the totals that are added now
+    [budget] = budgets
+    store.add_spent({(budget, window_start("month", "UTC", NOON)): 50})
+    assert store.spent(limit, NOON) == 80
+    assert store.untracked([limit]) == set()
+
+
+def test_a_request_counts_in_the_window_in_which_it_was_admitted():
+    store = MemoryLimits()
+    limit = Limit("key:1", "money", 100, window="day")
+    store.track(store.untracked([limit]))
+    reserve(store, hold("late", limit, money=50, at=NOON))
+    store.settle("late", 0, 40)
+    tomorrow = NOON + 86_400
+    assert (store.spent(limit, NOON), store.spent(limit, tomorrow)) == (40, 0)
+    reserve(store, hold("new", limit, money=100, at=tomorrow))
+    store.forget_past_windows(tomorrow + 2 * 86_400)
+    assert store.spent(limit, NOON) == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=60))
+def test_settled_and_held_money_never_exceed_the_budget(steps):
+    """A01 in small: each step asks for room and settles for no more than it held."""
+    store = MemoryLimits()
+    limit = Limit("key:1", "money", 100, window="total")
+    store.track(store.untracked([limit]))
+    for number, (worst, truth) in enumerate(steps):
+        try:
+            reserve(store, hold(str(number), limit, money=worst))
+        except OverBudget:
+            continue
+        if number % 3:
+            store.settle(str(number), 0, min(worst, truth))
+        held = sum(one.money or 0 for one in store._holds.values())
+        assert store.spent(limit, NOON) + held <= 100
+
+
+@pytest.mark.parametrize(
+    ("window", "zone", "start"),
+    [
+        ("day", "UTC", "2026-03-11T00:00:00+00:00"),
+        ("day", "Asia/Kathmandu", "2026-03-11T00:00:00+05:45"),
+        ("week", "UTC", "2026-03-09T00:00:00+00:00"),
+        ("month", "Europe/Berlin", "2026-03-01T00:00:00+01:00"),
+        ("total", "UTC", "1970-01-01T00:00:00+00:00"),
+    ],
+)
+def test_windows_begin_where_the_organization_lives(window, zone, start):
+    assert window_start(window, zone, NOON) == datetime.fromisoformat(start).timestamp()
+
+
+def test_the_day_on_which_the_clocks_change_begins_at_its_own_midnight():
+    berlin = ZoneInfo("Europe/Berlin")
+    evening = datetime(2026, 3, 29, 20, tzinfo=berlin)
+    assert window_start("day", "Europe/Berlin", evening.timestamp()) == datetime(2026, 3, 29, tzinfo=berlin).timestamp()

@@ -1,0 +1,110 @@
+"""A model's name becomes targets: alias, prefix, bare name, catch-all, else 404."""
+
+import pytest
+
+from accounts.principal import Principal
+from providers.secrets import SecretText
+from proxy.catalog import Alias, Catalog, Upstream
+from proxy.errors import InvalidRequest, ModelNotAllowed, ModelNotFound
+from proxy.pipeline.route import route, visible_models
+from proxy.stores.health import Health
+
+ALICE = Principal(key_id=1, organization_id=1, user_id=1)
+CHARLIE = Principal(key_id=2, organization_id=2, user_id=2)
+
+
+def upstream(number: int, prefix: str, *models: str, **fields) -> Upstream:
+    return Upstream(number, "openai", str(number), prefix, "https://x/v1", SecretText(f"s{number}"), models=frozenset(models), **fields)
+
+
+def names(principal: Principal, model: str, catalog: Catalog, callers_key: str = "") -> list[str]:
+    return sorted(f"{target.credential_id}:{target.public_model}" for target in route(principal, model, callers_key, catalog, Health()))
+
+
+def test_a_prefixed_name_goes_to_its_pool():
+    catalog = Catalog(upstreams=(upstream(1, "a", "gpt"), upstream(2, "a", "gpt"), upstream(3, "b", "gpt")))
+    assert names(ALICE, "a/gpt", catalog) == ["1:a/gpt", "2:a/gpt"]
+
+
+def test_a_bare_name_takes_every_pool_that_lists_it():
+    catalog = Catalog(upstreams=(upstream(1, "a", "gpt"), upstream(2, "b", "gpt"), upstream(3, "c", "other")))
+    assert names(ALICE, "gpt", catalog) == ["1:a/gpt", "2:b/gpt"]
+
+
+def test_an_upstreams_name_may_have_slashes_of_its_own():
+    catalog = Catalog(upstreams=(upstream(1, "router", "openai/gpt"), upstream(2, "openai", "gpt")))
+    assert names(ALICE, "router/openai/gpt", catalog) == ["1:router/openai/gpt"]
+    assert names(ALICE, "openai/gpt", catalog) == ["2:openai/gpt"]
+    assert names(ALICE, "openai/gpt", Catalog(upstreams=(upstream(1, "router", "openai/gpt"),))) == ["1:router/openai/gpt"]
+
+
+def test_lists_go_stale_so_an_unlisted_name_is_passed_on_unless_forbidden():
+    stale = Catalog(upstreams=(upstream(1, "a", "old"),))
+    assert names(ALICE, "a/new", stale) == ["1:a/new"]
+    with pytest.raises(ModelNotFound):
+        names(ALICE, "a/new", Catalog(upstreams=(upstream(1, "a", "old", listed_only=True),)))
+
+
+def test_of_a_pool_those_go_first_that_list_the_model():
+    catalog = Catalog(upstreams=(upstream(1, "a", "gpt"), upstream(2, "a", "other")))
+    assert names(ALICE, "a/gpt", catalog) == ["1:a/gpt"]
+
+
+def test_an_alias_goes_before_everything_and_keeps_its_order():
+    catalog = Catalog(upstreams=(upstream(1, "a", "gpt"), upstream(2, "b", "big")), aliases=(Alias("gpt", ("b/big", "a/gpt")),))
+    health = Health()
+    for _ in range(3):
+        assert [target.public_model for target in route(ALICE, "gpt", "", catalog, health)] == ["b/big", "a/gpt"]
+
+
+def test_an_organizations_own_alias_is_its_own():
+    catalog = Catalog(
+        upstreams=(upstream(1, "a", "x", "y"),), aliases=(Alias("fast", ("a/x",)), Alias("fast", ("a/y",), organization_id=1))
+    )
+    assert names(ALICE, "fast", catalog) == ["1:a/y"]
+    assert names(CHARLIE, "fast", catalog) == ["1:a/x"]
+
+
+def test_the_catch_all_takes_what_nobody_knows():
+    catalog = Catalog(upstreams=(upstream(1, "a", "gpt"),), aliases=(Alias("*", ("a/gpt",)),))
+    assert names(ALICE, "claude-4-sonnet-thinking-max", catalog) == ["1:a/gpt"]
+    assert "*" not in dict(visible_models(ALICE, catalog))
+
+
+def test_unknown_is_404_with_the_parameter_named():
+    with pytest.raises(ModelNotFound) as refused:
+        names(ALICE, "nope", Catalog())
+    assert (refused.value.status, refused.value.code, refused.value.param) == (404, "model_not_found", "model")
+
+
+def test_another_organizations_credential_does_not_exist_for_a_stranger():
+    own, personal = upstream(1, "a", "gpt", organization_id=1), upstream(2, "p", "gpt", organization_id=1, user_id=7)
+    catalog = Catalog(upstreams=(own, personal))
+    assert names(ALICE, "a/gpt", catalog) == ["1:a/gpt"]
+    for model in ("a/gpt", "gpt", "p/gpt"):
+        with pytest.raises(ModelNotFound):
+            names(CHARLIE, model, catalog)
+    with pytest.raises(ModelNotFound):
+        names(ALICE, "p/gpt", catalog)
+    assert visible_models(CHARLIE, catalog) == []
+
+
+def test_a_model_list_of_a_key_holds_for_aliases_bare_names_and_prefixes_alike():
+    catalog = Catalog(upstreams=(upstream(1, "a", "gpt"), upstream(2, "b", "gpt")), aliases=(Alias("fast", ("b/gpt",)),))
+    only_a = Principal(1, 1, 1, models=("a/*",))
+    assert names(only_a, "gpt", catalog) == ["1:a/gpt"]
+    for model in ("b/gpt", "fast"):
+        with pytest.raises(ModelNotAllowed):
+            names(only_a, model, catalog)
+    with pytest.raises(ModelNotAllowed):  # existing or not looks the same
+        names(only_a, "nope", catalog)
+    assert names(Principal(1, 1, 1, models=("fast",)), "fast", catalog) == ["2:b/gpt"]
+    assert visible_models(only_a, catalog) == [("a/gpt", "a")]
+
+
+def test_a_callers_own_key_goes_only_where_the_credential_lets_it():
+    catalog = Catalog(upstreams=(upstream(1, "a", "gpt", pass_through=True), upstream(2, "b", "gpt")))
+    [target] = route(ALICE, "gpt", "sk-mine", catalog, Health())
+    assert (target.credential_id, target.secret.reveal(), target.callers_key) == (1, "sk-mine", True)
+    with pytest.raises(InvalidRequest):
+        names(ALICE, "b/gpt", catalog, "sk-mine")
