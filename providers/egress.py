@@ -27,7 +27,10 @@ class Egress:
 
     async def addresses(self, host: str, port: int) -> list[str]:
         """The addresses of `host`, each checked. Raises EgressRefused if one may not be reached, OSError if none is found."""
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except UnicodeError:  # a label that is empty or too long is refused before any look-up
+            raise OSError(f"{host[:100]} is not a host name.") from None
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
         for text in addresses:
             self.check(text)

@@ -107,7 +107,8 @@ def secret(adapter: Adapter, text: str) -> str:
 
 def policy(adapter: Adapter, *, accepted: bool) -> None:
     if adapter.policy != "allowed" and not accepted:
-        words = f"By its vendor's terms, use of {adapter.title or adapter.name} here is {adapter.policy}. To go on, accept that (--accept-policy)."
+        name = adapter.title or adapter.name
+        words = f"By its vendor's terms, such a use of {name} is {adapter.policy}. To go on, accept that (--accept-policy)."
         raise ValidationError({"accept_policy": words})
 
 

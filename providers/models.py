@@ -17,7 +17,7 @@ from django.db.models import Q
 from django.dispatch import Signal
 from django.utils import timezone
 
-from providers import registry
+from providers import price, registry
 from providers.secrets import Place
 
 changed = Signal()
@@ -120,10 +120,24 @@ class Price(models.Model):
     output = models.PositiveBigIntegerField()
     cache_read = models.PositiveBigIntegerField(null=True, blank=True, help_text="Empty = as plain input.")
     cache_write = models.PositiveBigIntegerField(null=True, blank=True, help_text="Empty = as plain input.")
+    long_above = models.PositiveBigIntegerField(
+        null=True, blank=True, help_text="The input tokens above which the long rates hold for the whole request; empty = never."
+    )
+    long_input = models.PositiveBigIntegerField(null=True, blank=True)
+    long_output = models.PositiveBigIntegerField(null=True, blank=True)
+    long_cache_read = models.PositiveBigIntegerField(null=True, blank=True)
+    long_cache_write = models.PositiveBigIntegerField(null=True, blank=True)
     source = models.CharField(max_length=8, choices=PriceSource, default=PriceSource.HAND, editable=False)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
 
     class Meta:
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(long_above=None, long_input=None, long_output=None)
+                | Q(long_above__isnull=False, long_input__isnull=False, long_output__isnull=False),
+                name="price_has_all_long_rates_or_none",
+            )
+        ]
         indexes = [models.Index(fields=["pattern", "starts_at"])]
 
     def __str__(self) -> str:
@@ -133,6 +147,24 @@ class Price(models.Model):
         if not self._state.adding:
             raise ValidationError("A price never changes: add a new row with its own start.")
         super().save(*args, **kwargs)  # type: ignore[arg-type]
+
+    def in_memory(self) -> price.Price:
+        """The row as the arithmetic knows it."""
+        long = None
+        if self.long_input is not None and self.long_output is not None:
+            long = price.Rates(self.long_input, self.long_output, self.long_cache_read, self.long_cache_write)
+        return price.Price(
+            id=self.pk,
+            pattern=self.pattern,
+            starts_at=self.starts_at.timestamp(),
+            input=self.input,
+            output=self.output,
+            cache_read=self.cache_read,
+            cache_write=self.cache_write,
+            by_hand=self.source == PriceSource.HAND,
+            long_above=self.long_above,
+            long=long,
+        )
 
 
 class KeyringCanary(models.Model):

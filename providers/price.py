@@ -37,17 +37,13 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Price:
-    """One dated row. Amounts are micro-dollars per million tokens; None = the same as plain input."""
+class Rates:
+    """Micro-dollars per million tokens; None = the same as plain input."""
 
-    id: int
-    pattern: str
-    starts_at: float  # seconds since the epoch
     input: int
     output: int
     cache_read: int | None = None
     cache_write: int | None = None
-    by_hand: bool = True  # a row from an admin beats one from the price package
 
     def cost(self, tokens: Tokens) -> int:
         """Micro-dollars, rounded half up."""
@@ -62,9 +58,39 @@ class Price:
         return (2 * pico + MILLION) // (2 * MILLION)
 
     def most(self, input_tokens: int, output_tokens: int) -> int:
-        """The dearest this call can come to, in micro-dollars: what is held for it."""
         dearest = max(self.input, self.cache_read or 0, self.cache_write or 0)
         return -(-(input_tokens * dearest + output_tokens * self.output) // MILLION)
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """One dated row. Amounts are micro-dollars per million tokens; None = the same as plain input.
+
+    Many vendors ask more for the whole of a request whose input is long: `long` holds above `long_above` input tokens."""
+
+    id: int
+    pattern: str
+    starts_at: float  # seconds since the epoch
+    input: int
+    output: int
+    cache_read: int | None = None
+    cache_write: int | None = None
+    by_hand: bool = True  # a row from an admin beats one from the price package
+    long_above: int | None = None
+    long: Rates | None = None
+
+    def rates(self, input_tokens: int) -> Rates:
+        if self.long is not None and self.long_above is not None and input_tokens > self.long_above:
+            return self.long
+        return Rates(self.input, self.output, self.cache_read, self.cache_write)
+
+    def cost(self, tokens: Tokens) -> int:
+        """Micro-dollars, rounded half up."""
+        return self.rates(tokens.input).cost(tokens)
+
+    def most(self, input_tokens: int, output_tokens: int) -> int:
+        """The dearest this call can come to, in micro-dollars: what is held for it."""
+        return self.rates(input_tokens).most(input_tokens, output_tokens)
 
 
 class PriceBook:

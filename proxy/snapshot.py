@@ -22,7 +22,7 @@ from accounts import models as accounts
 from accounts.principal import Limit, Principal
 from providers import models as providers
 from providers import registry
-from providers.price import Price, PriceBook
+from providers.price import PriceBook
 from providers.secrets import SealBroken, SecretText, open_sealed, redact
 from proxy.catalog import Alias, Catalog, Current, Upstream
 from proxy.models import Route, RouteTarget, SnapshotVersion
@@ -100,19 +100,7 @@ def load_key(digests: Sequence[bytes]) -> Principal | None:
 
 
 def price_book() -> PriceBook:
-    return PriceBook(
-        Price(
-            id=row.pk,
-            pattern=row.pattern,
-            starts_at=row.starts_at.timestamp(),
-            input=row.input,
-            output=row.output,
-            cache_read=row.cache_read,
-            cache_write=row.cache_write,
-            by_hand=row.source == providers.PriceSource.HAND,
-        )
-        for row in providers.Price.objects.all()
-    )
+    return PriceBook(row.in_memory() for row in providers.Price.objects.all())
 
 
 def _one_moment() -> transaction.Atomic:

@@ -57,11 +57,17 @@ class Migration(migrations.Migration):
                 ('output', models.PositiveBigIntegerField()),
                 ('cache_read', models.PositiveBigIntegerField(blank=True, help_text='Empty = as plain input.', null=True)),
                 ('cache_write', models.PositiveBigIntegerField(blank=True, help_text='Empty = as plain input.', null=True)),
+                ('long_above', models.PositiveBigIntegerField(blank=True, help_text='The input tokens above which the long rates hold for the whole request; empty = never.', null=True)),
+                ('long_input', models.PositiveBigIntegerField(blank=True, null=True)),
+                ('long_output', models.PositiveBigIntegerField(blank=True, null=True)),
+                ('long_cache_read', models.PositiveBigIntegerField(blank=True, null=True)),
+                ('long_cache_write', models.PositiveBigIntegerField(blank=True, null=True)),
                 ('source', models.CharField(choices=[('hand', 'by hand'), ('package', 'price package')], default='hand', editable=False, max_length=8)),
                 ('created_at', models.DateTimeField(default=django.utils.timezone.now, editable=False)),
             ],
             options={
                 'indexes': [models.Index(fields=['pattern', 'starts_at'], name='providers_p_pattern_fb9e1d_idx')],
+                'constraints': [models.CheckConstraint(condition=models.Q(models.Q(('long_above', None), ('long_input', None), ('long_output', None)), models.Q(('long_above__isnull', False), ('long_input__isnull', False), ('long_output__isnull', False)), _connector='OR'), name='price_has_all_long_rates_or_none')],
             },
         ),
         migrations.CreateModel(
