@@ -1,0 +1,161 @@
+"""What all tests share: async tests, a Sluice that runs, simulated upstreams, and the services that may be absent."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from asgiref.sync import async_to_sync
+
+from tests.serving import Sluice, running
+from tests.upstreams.openai import OpenAIUpstream
+
+POSTGRES_ADDRESS = ("127.0.0.1", 5432)
+POSTGRES_URL = "postgres://postgres@127.0.0.1:5432"
+
+# Prices of the shared upstream's models, in US dollars per million tokens: input, output, cached input.
+SIM_PRICE = {"input": 3, "output": 15, "cached": 0.3}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, needs in {"redis": "Redis", "nginx": "nginx"}.items():
+        config.addinivalue_line("markers", f"{name}: needs {needs}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run `async def` tests."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    async_to_sync(pyfuncitem.obj)(**arguments)
+    return True
+
+
+# Services that may be absent
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+SERVICES: dict[str, Callable[[], bool]] = {
+    "postgres": lambda: _answers(*POSTGRES_ADDRESS),
+    "redis": lambda: shutil.which("redis-server") is not None,
+    "chromium": lambda: shutil.which("chromium") is not None,
+    "nginx": lambda: shutil.which("nginx") is not None,
+}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        _add_server_log(item, report)
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("REQUIRE_SERVICES") == "1":
+        present = [name for name, is_present in SERVICES.items() if item.get_closest_marker(name) and is_present()]
+        if present:
+            report.outcome = "failed"
+            report.longrepr = f"Skipped, although this is present: {', '.join(present)}. The reason given: {report.longrepr}"
+    return report
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[_LOG_STARTS] = {sluice: sluice.log_size() for sluice in _RUNNING}
+
+
+_LOG_STARTS: pytest.StashKey[dict[Sluice, int]] = pytest.StashKey()
+_RUNNING: list[Sluice] = []
+
+
+def _add_server_log(item: pytest.Item, report: pytest.TestReport) -> None:
+    for sluice in {value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Sluice)}:
+        text = sluice.log(item.stash.get(_LOG_STARTS, {}).get(sluice, 0))
+        report.sections.append((f"log of the server on {sluice.url}", text[-20_000:]))
+
+
+# A Sluice that runs
+
+
+@pytest.fixture(scope="session")
+def serve() -> Iterator[Callable[..., Sluice]]:
+    """Start a further Sluice with settings of its own: `serve(HEARTBEAT_SECONDS="0.1")`. Stopped when all is done."""
+    with ExitStack() as stack:
+
+        def start(**settings: str) -> Sluice:
+            sluice = stack.enter_context(running(**settings))
+            _RUNNING.append(sluice)
+            return sluice
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def sluice(serve: Callable[..., Sluice]) -> Sluice:
+    """The Sluice that tests share, on SQLite. Each test makes keys and prefixes of its own."""
+    return serve()
+
+
+@pytest.fixture(scope="session", params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def sluice_on(request: pytest.FixtureRequest, serve: Callable[..., Sluice]) -> Sluice:
+    """A Sluice on each database."""
+    if request.param == "sqlite":
+        shared: Sluice = request.getfixturevalue("sluice")
+        return shared
+    url = request.getfixturevalue("postgres_url")
+    return serve(DATABASE_URL=url, SECRET_KEY=secrets.token_hex(32), KEYRING=secrets.token_hex(32))
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """The address of an empty PostgreSQL database that is made for this run and dropped after it."""
+    import psycopg
+
+    if not SERVICES["postgres"]():
+        pytest.skip("PostgreSQL does not answer on 127.0.0.1:5432")
+    name = f"sluice_test_{os.getpid()}_{secrets.token_hex(3)}"
+    with psycopg.connect(f"{POSTGRES_URL}/postgres", autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"')  # type: ignore[arg-type]
+        yield f"{POSTGRES_URL}/{name}"
+        connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')  # type: ignore[arg-type]
+
+
+# Simulated upstreams
+
+
+@pytest.fixture(scope="session")
+def upstream_server() -> Iterator[OpenAIUpstream]:
+    with OpenAIUpstream() as upstream:
+        yield upstream
+
+
+@pytest.fixture
+def upstream(upstream_server: OpenAIUpstream) -> OpenAIUpstream:
+    """The simulated OpenAI that tests share, with an empty script and log."""
+    upstream_server.reset()
+    return upstream_server
+
+
+@pytest.fixture(scope="session")
+def sim(sluice: Sluice, upstream_server: OpenAIUpstream) -> str:
+    """The prefix of a credential on the shared upstream whose models have the price SIM_PRICE."""
+    sluice.set_price("sim/*", **SIM_PRICE)
+    sluice.add_openai(upstream_server, label="sim", prefix="sim", secret="sk-sim-ok")
+    sluice.wait_for("sim")
+    return "sim"
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) -> str | None:
+    """Bytes and long values would make unreadable test ids."""
+    return f"{argname}-{len(val)}-bytes" if isinstance(val, bytes) and len(val) > 30 else None

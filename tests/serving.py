@@ -1,0 +1,349 @@
+"""A whole Sluice for tests: a real `manage.py serve` over a folder and a port of its own, and its commands.
+
+Commands run in one helper process that stays (`python -m tests.serving`), because starting Django costs a second.
+It runs them through `call_command`, with the server's environment and against the same database.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+START_SECONDS = 60
+T = TypeVar("T")
+
+
+# Until the command is there.
+_ISSUE = """
+from accounts.models import *
+from accounts.principal import mint, digest, PREFIX
+from django.conf import settings
+o = {options!r}
+org, _ = Organization.objects.get_or_create(slug=o.get("organization", "default"), defaults=dict(name="Default"))
+user, _ = User.objects.get_or_create(email=o["email"])
+Membership.objects.get_or_create(user=user, organization=org)
+key, handle = mint()
+pid, pepper = next(iter(settings.KEYRING.keys("pepper").items()))
+models = [m for m in str(o.get("models", "")).split(",") if m]
+row = ApiKey.objects.create(organization=org, user=user, name=o["name"], handle=handle, digest=digest(pepper, key), pepper_id=pid, last_four=key[-4:], allowed_models=models)
+for metric in ("rpm", "tpm", "concurrency"):
+    if metric in o:
+        Limit.objects.create(organization=org, key=row, metric=metric, amount=o[metric])
+print(key)
+"""
+
+
+class CommandFailed(AssertionError):
+    """A management command refused or broke. The message is what it said."""
+
+
+class NotStarted(AssertionError):
+    """The server did not become ready. The message ends with its log."""
+
+
+class Sluice:
+    """A server that runs, and the commands of its folder. `env` is all of its environment."""
+
+    def __init__(self, data_dir: Path, **settings: str) -> None:
+        self.data_dir = data_dir
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.env = {
+            **{name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ},
+            "DJANGO_SETTINGS_MODULE": "project.settings",
+            "PYTHONUNBUFFERED": "1",
+            "DATA_DIR": str(data_dir),
+            "EGRESS_ALLOW": "127.0.0.0/8",
+            "PUBLIC_URL": self.url,
+            **settings,
+        }
+        self.log_path = data_dir.parent / f"{data_dir.name}.log"
+        self._server: subprocess.Popen[bytes] | None = None
+        self._commands = Commands(self.env)
+        self._probe_key = ""
+
+    # The server
+
+    def start(self) -> Sluice:
+        """Migrate and serve; returns when `/readyz` is 200. Raises NotStarted."""
+        self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.manage("migrate", "--no-input", "-v", "0")
+        return self.start_again()
+
+    def start_again(self) -> Sluice:
+        """Serve on the same folder and port as before."""
+        assert self._server is None, "it runs already"
+        with self.log_path.open("ab") as log:
+            self._server = subprocess.Popen(
+                [sys.executable, "manage.py", "serve", "--host", "127.0.0.1", "--port", str(self.port)],
+                cwd=REPOSITORY,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while not self.is_ready():
+            if self._server.poll() is not None or time.monotonic() > deadline:
+                self.kill9()
+                raise NotStarted(f"The server did not become ready. Its log:\n{self.log()}")
+            time.sleep(0.05)
+        return self
+
+    def is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/readyz", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    @property
+    def pid(self) -> int:
+        assert self._server is not None, "it does not run"
+        return self._server.pid
+
+    def stop(self, timeout_seconds: float = 30) -> int:
+        """SIGTERM, and wait. The exit status."""
+        return self._end(subprocess.Popen.terminate, timeout_seconds)
+
+    def kill9(self) -> None:
+        if self._server is not None:
+            self._end(subprocess.Popen.kill, 10)
+
+    def _end(self, how: Callable[[subprocess.Popen[bytes]], None], timeout_seconds: float) -> int:
+        server, self._server = self._server, None
+        if server is None:
+            return 0
+        how(server)
+        try:
+            return server.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait(10)
+            raise AssertionError(f"The server did not end within {timeout_seconds} s of SIGTERM. Its log:\n{self.log()}") from None
+
+    def close(self) -> None:
+        """Stop everything. The folder stays; whoever made it removes it."""
+        self.kill9()
+        self._commands.close()
+
+    def log(self, start: int = 0) -> str:
+        """What the server has written since `start` bytes."""
+        if not self.log_path.exists():
+            return ""
+        with self.log_path.open("rb") as log:
+            log.seek(start)
+            return log.read().decode("utf-8", "replace")
+
+    def log_size(self) -> int:
+        return self.log_path.stat().st_size if self.log_path.exists() else 0
+
+    # Its commands
+
+    def manage(self, *args: str, stdin: str | None = None) -> str:
+        """Run a management command in the server's environment; what it printed. Raises CommandFailed."""
+        return self._commands.run([str(arg) for arg in args], stdin)
+
+    def python(self, code: str) -> str:
+        """Run a piece of Python with Django set up, on the server's database; what it printed."""
+        return self.manage("shell", "--no-imports", "-c", code)
+
+    def issue_key(self, **options: object) -> str:
+        """A new key, of a user and name of its own unless given. Options as the command's: `rpm=5`, `models="a,b/*"`."""
+        options = {"email": "tester@example.org", "name": f"test-{uuid.uuid4().hex[:8]}", **options}
+        if not (REPOSITORY / "accounts/management/commands/issue_key.py").exists():
+            return self.python(_ISSUE.format(options=options)).strip()
+        return self.manage("issue_key", *_as_arguments(options)).strip()
+
+    def add_openai(self, upstream: Any, *, label: str = "", prefix: str = "", secret: str = "sk-sim-ok", **settings: object) -> int:
+        """A credential for a simulator (anything with `.base_url`). Settings of the command go by their own names
+        (`weight`, `priority`, `organization`), all others as `--set name=value`. The server sees it within 2 s:
+        see `wait_for`."""
+        options: dict[str, object] = {"label": label or f"sim-{uuid.uuid4().hex[:8]}", "base_url": upstream.base_url}
+        if prefix:
+            options["prefix"] = prefix
+        for name in ("weight", "priority", "organization"):
+            if name in settings:
+                options[name] = settings.pop(name)
+        arguments = _as_arguments(options)
+        for name, value in settings.items():
+            arguments += ["--set", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
+        return int(self.manage("add_credential", "openai", *arguments, "--secret-stdin", stdin=secret).split()[-1])
+
+    def set_price(self, pattern: str, *, input: float, output: float, **options: object) -> None:  # noqa: A002
+        """US dollars per million tokens."""
+        self.manage("set_price", pattern, *_as_arguments({"input": input, "output": output, **options}))
+
+    def usage(self, since: datetime | None = None) -> list[dict[str, Any]]:
+        """The usage rows, oldest first."""
+        arguments = ["--since", since.isoformat()] if since is not None else []
+        return [json.loads(line) for line in self.manage("usage", "--format", "jsonl", *arguments).splitlines() if line.strip()]
+
+    def row(self, request_id: str) -> dict[str, Any]:
+        """The one usage row of this request, as soon as it is there: a row follows its answer by a moment."""
+        return eventually(lambda: _only(self.rows(request_id)), f"no usage row for {request_id}")
+
+    def rows(self, request_id: str) -> list[dict[str, Any]]:
+        began = datetime.fromtimestamp(((uuid.UUID(request_id).int >> 80) - 1000) / 1000, UTC)
+        return [row for row in self.usage(since=began) if row["request_id"] == request_id]
+
+    def wait_for(self, *prefixes: str) -> None:
+        """Until the server knows a credential of each prefix. A call over the probe's budget makes no usage row."""
+        if not self._probe_key:
+            self._probe_key = self.issue_key(name="probe", email="probe@example.org", rpm=0)
+        for prefix in prefixes:
+            eventually(lambda prefix=prefix: self._knows(prefix), f"the server does not know the prefix {prefix}", seconds=10)
+
+    def _knows(self, prefix: str) -> bool:
+        request = urllib.request.Request(
+            f"{self.url}/v1/embeddings",
+            data=json.dumps({"model": f"{prefix}/probe", "input": ""}).encode(),
+            headers={"authorization": f"Bearer {self._probe_key}", "content-type": "application/json"},
+        )
+        try:
+            urllib.request.urlopen(request, timeout=5).close()
+        except urllib.error.HTTPError as refused:
+            refused.close()
+            if refused.code in (404, 429):
+                return refused.code == 429
+            raise AssertionError(f"the probe was answered {refused.code}") from None
+        raise AssertionError("the probe was let through")
+
+
+class Commands:
+    """The helper process that runs management commands, one at a time."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self._env = dict(env)
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def run(self, args: list[str], stdin: str | None) -> str:
+        with self._lock:
+            process = self._started()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps({"args": args, "stdin": stdin or ""}) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        if not line:
+            raise CommandFailed(f"manage.py {args[0]}: the helper process ended with {process.wait(10)}")
+        answer = json.loads(line)
+        if answer["failed"]:
+            raise CommandFailed(f"manage.py {args[0]}: {answer['failed']}\n{answer['out']}")
+        return str(answer["out"])
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.serving"],
+                cwd=REPOSITORY,
+                env=self._env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        return self._process
+
+    def close(self) -> None:
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._process.wait(10)
+
+
+@contextlib.contextmanager
+def running(folder: Path | None = None, **settings: str) -> Iterator[Sluice]:
+    """A Sluice that is started, and stopped on the way out. Settings are environment variables."""
+    made = folder or Path(tempfile.mkdtemp(prefix="sluice-serve-"))
+    if folder is None:
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
+    sluice = Sluice(made / "data", **settings)
+    try:
+        yield sluice.start()
+    finally:
+        sluice.close()
+        if folder is None:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def eventually(look: Callable[[], T | None], otherwise: str, *, seconds: float = 5.0) -> T:
+    """The first true thing that `look` sees. Fails with `otherwise` when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        seen = look()
+        if seen:
+            return seen
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _only(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    assert len(rows) < 2, f"more than one usage row: {rows}"
+    return rows[0] if rows else None
+
+
+def _as_arguments(options: Mapping[str, object]) -> list[str]:
+    arguments: list[str] = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            arguments += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return arguments
+
+
+def _serve_commands() -> None:
+    """The helper process: a line of JSON in, the command, a line of JSON out."""
+    import io
+    import traceback
+
+    import django
+    from django.core.management import CommandError, call_command
+    from django.db import connections
+
+    answers, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
+    orders = sys.stdin
+    django.setup()
+    for line in orders:
+        order = json.loads(line)
+        out, failed = io.StringIO(), ""
+        sys.stdin = io.TextIOWrapper(io.BytesIO(order["stdin"].encode()))
+        try:
+            with contextlib.redirect_stdout(out):
+                call_command(*order["args"], stdout=out)
+        except CommandError as problem:
+            failed = str(problem) or "refused"
+        except SystemExit as problem:
+            failed = f"exit status {problem.code}" if problem.code else ""
+        except Exception:
+            failed = traceback.format_exc()  # for the test that asked; this process goes on
+        finally:
+            connections.close_all()  # an idle reader would keep SQLite's log from being emptied
+        answers.write(json.dumps({"out": out.getvalue(), "failed": failed}) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve_commands()
