@@ -67,7 +67,7 @@ def _saved(sender: object, update_fields: Iterable[str] | None = None, **_: Any)
 def publish() -> None:
     """Bump the version inside the caller's transaction: it moves exactly when the change becomes visible."""
     if not SnapshotVersion.objects.filter(pk=1).update(version=F("version") + 1):
-        SnapshotVersion.objects.get_or_create(pk=1)
+        SnapshotVersion.objects.get_or_create(pk=1, defaults={"version": 1})
 
 
 def version() -> int:

@@ -124,7 +124,8 @@ def test_a_full_disk_refuses_admissions_and_still_records_what_runs(tmp_path):
 
 
 def test_only_a_dead_workers_journal_can_be_locked(tmp_path):
-    script = f"from pathlib import Path; from proxy.journal import Journal; j = Journal(Path({str(tmp_path)!r})); print('made', flush=True); input()"
+    script = f"from pathlib import Path; from proxy.journal import Journal; j = Journal(Path({str(tmp_path)!r})); "
+    script += "print('made', flush=True); input()"
     child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"made\n"
     [folder] = journal.folders(tmp_path)
