@@ -64,6 +64,10 @@ contracts: install-dev ## which module may import which (.importlinter)
 migrations-check: install-dev ## the models and their migrations agree
 	@DJANGO_SETTINGS_MODULE=tests.settings $(MANAGE) makemigrations --check --dry-run
 
+css: ## build static/sluice/sluice.css again; only this needs Node, and the result is committed
+	@npm ci --silent --no-progress
+	@npm run --silent css
+
 lock: install-dev ## compile requirements/*.in into hashed *.txt again
 	@for name in base dev prod; do \
 		(cd requirements && ../.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \

@@ -123,7 +123,10 @@ class _Reader:
             value = self.files.str(name, default="")
         except OSError as problem:
             raise ImproperlyConfigured(f"{name}_FILE cannot be read: {problem.strerror}.") from None
-        return str(value).strip() or None
+        secret = str(value).strip()
+        if not secret and f"{name}_FILE" in self.values:
+            raise ImproperlyConfigured(f"{name}_FILE: the file is empty.")
+        return secret or None
 
     def _parsed(self, name: str, default: T, parse: Callable[[str], T], wanted: str) -> T:
         value = self.optional(name)
