@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from datetime import datetime
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from datetime import datetime, timedelta
 from decimal import Decimal
 from fnmatch import fnmatchcase
+from typing import Any
 
 from django.conf import settings as django_settings
-from django.core.exceptions import ImproperlyConfigured
+from django.core.exceptions import ImproperlyConfigured, ValidationError
 from django.db import models, transaction
 from django.utils import timezone
 
-from providers import given
-from providers.adapter import Target
-from providers.models import Credential, KeyringCanary, Price, PriceSource, UpstreamModel, audited, changed
-from providers.secrets import Place, SealBroken, SecretText, open_sealed, redact, seal
+from providers import given, listing, package_prices, registry
+from providers.adapter import Adapter, Target, clean
+from providers.egress import Egress
+from providers.failures import UpstreamFailure
+from providers.models import Credential, KeyringCanary, Price, PriceSource, State, UpstreamModel, audited, changed
+from providers.secrets import Place, SealBroken, SecretText, open_sealed, redact, seal, sealed_with
 from providers.wire import Json
+
+REFRESH_EVERY = timedelta(hours=1)
+RETRY_AFTER = timedelta(minutes=5)
+ASKED_AT_ONCE = 8
 
 CANARY = Place(table="providers_keyringcanary", row="1", column="sealed", purpose="canary")
 
@@ -73,12 +82,115 @@ def add_credential(
         credential.save()
         if secret:  # the seal is bound to the row, which has its number only now
             _seal(credential, secret)
-        if adapter.free:
-            _price_at_nothing(credential)
         if adapter.models_request(target_of(credential)) is None:
             _store_models(credential, adapter.listed())
+        _add_known_prices(credential)
         _audit(actor, credential, "credential.added")
     return credential
+
+
+def change_credential(credential: Credential, *, secret: str = "", actor: models.Model | None = None, **changes: object) -> list[str]:
+    """Change an account: label, prefix, base_url, settings, weight, priority, state, organization_id, user_id, and its secret.
+
+    Sentences that tell what else had to change with it. A secret never follows its account to another origin: without
+    a new one it is forgotten. Raises ValidationError, keyed by the argument that is wrong."""
+    adapter = given.kind(credential.kind)
+    notes: list[str] = []
+    with transaction.atomic():
+        row = Credential.objects.select_for_update().get(pk=credential.pk)
+        origin, before = row.origin, {name: getattr(row, name) for name in changes}
+        for name, value in changes.items():
+            setattr(row, name, _CHANGES[name](adapter, value))
+        if secret := given.secret(adapter, secret) if secret.strip() else "":
+            redact.learn_more([secret])
+            row.secret = seal(secret, row.place(), django_settings.KEYRING.keys("seal"))
+            if row.state == State.NEEDS_REAUTH:
+                row.state = State.ACTIVE
+        elif row.origin != origin and row.secret:
+            row.secret = None
+            notes.append(f"The secret was for {origin} and has been forgotten: give the one for {row.origin}.")
+        if adapter.needs_secret and not row.secret and row.state == State.ACTIVE:
+            if changes.get("state") == State.ACTIVE and row.origin == origin:
+                raise ValidationError({"state": "It has no secret: give one first."})
+            row.state = State.NEEDS_REAUTH
+        if secret or row.origin != origin:
+            row.models_due_at = None
+        row.save()
+        if row.origin != origin and Price.objects.filter(source=PriceSource.PACKAGE, pattern__startswith=f"{row.prefix}/").exists():
+            notes.append(f"The prices of {row.prefix}/* stay as they are: set others if the new address asks others.")
+        if row.origin != origin or "prefix" in changes:
+            _add_known_prices(row)
+        different = sorted(name for name in before if getattr(row, name) != before[name])
+        _audit(actor, row, "credential.changed", fields=[*different, *(["secret"] if secret else [])])
+    credential.refresh_from_db()
+    return notes
+
+
+_CHANGES: dict[str, Callable[[Adapter, Any], object]] = {
+    "label": lambda _, value: given.label(value),
+    "prefix": lambda _, value: given.prefix(value),
+    "base_url": given.base_url,
+    "settings": given.settings,
+    "weight": lambda _, value: given.weight(value),
+    "priority": lambda _, value: value,
+    "state": lambda _, value: State(value),
+    "organization_id": lambda _, value: value,
+    "user_id": lambda _, value: value,
+}
+
+
+def replace_secret(credential: Credential, secret: str, *, actor: models.Model | None = None) -> None:
+    """Raises ValidationError."""
+    if not secret.strip():
+        raise ValidationError({"secret": "The new secret is empty."})
+    change_credential(credential, secret=secret, actor=actor)
+
+
+def disable(credential: Credential, *, actor: models.Model | None = None) -> None:
+    """Take it out of its pool until it is enabled again. Calls that run go on."""
+    change_credential(credential, state=State.DISABLED, actor=actor)
+
+
+def enable(credential: Credential, *, actor: models.Model | None = None) -> None:
+    """Raises ValidationError when it has no secret to call with."""
+    change_credential(credential, state=State.ACTIVE, actor=actor)
+
+
+def delete_credential(credential: Credential, *, actor: models.Model | None = None) -> None:
+    """The account and its list of models go; what was used through it stays in the records."""
+    with transaction.atomic():
+        _audit(actor, credential, "credential.deleted")
+        credential.delete()
+
+
+@dataclass(slots=True)
+class Resealed:
+    done: int = 0
+    left: int = 0  # still to do
+    broken: int = 0  # no key of the keyring opens them
+
+
+def reseal_all() -> Iterator[Resealed]:
+    """Seal every secret again with the newest key of the keyring. Yields how far it is after each.
+
+    Each stands in a transaction of its own: stopped and started again, it goes on with what is left."""
+    keys = django_settings.KEYRING.keys("seal")
+    newest = next(iter(keys))
+    old = [row for row in Credential.objects.exclude(secret=None).order_by("pk") if sealed_with(bytes(row.secret or b"")) != newest]
+    progress = Resealed(left=len(old))
+    for row in old:
+        try:
+            secret = open_sealed(bytes(row.secret or b""), row.place(), keys)
+        except SealBroken:
+            progress.broken += 1
+        else:
+            # Only what was read is replaced: a secret given meanwhile is sealed with the newest key already.
+            Credential.objects.filter(pk=row.pk, secret=row.secret).update(secret=seal(secret.reveal(), row.place(), keys))
+            progress.done += 1
+        progress.left -= 1
+        yield progress
+    check_canary()
+    KeyringCanary.objects.filter(pk=1).update(sealed=seal("canary", CANARY, keys))
 
 
 def _seal(credential: Credential, secret: str) -> None:
@@ -110,6 +222,13 @@ def target_of(credential: Credential) -> Target:
     )
 
 
+def _add_known_prices(credential: Credential) -> None:
+    if registry.adapter(credential.kind).free:
+        _price_at_nothing(credential)
+    else:
+        fill_package_prices(credential)
+
+
 def _price_at_nothing(credential: Credential) -> None:
     """0 is a price: without one, a free model would be unpriced and refused under a hard budget.
 
@@ -139,6 +258,98 @@ def _store_models(credential: Credential, listed: Mapping[str, Json]) -> bool:
     if differs:
         changed.send(sender=UpstreamModel)
     return differs
+
+
+def refresh_models(credential: Credential) -> str:
+    """Ask one upstream for its models, now. What went wrong, in words, or an empty string."""
+    [(_, problem)] = refresh_all([credential])
+    return problem
+
+
+def refresh_all(credentials: Sequence[Credential]) -> Iterator[tuple[Credential, str]]:
+    """Ask these upstreams for their models; each with what went wrong, or an empty string. Never holds a transaction
+    while it waits. Call it where no event loop runs."""
+    egress = Egress(tuple(django_settings.ENV.egress_allow))
+    for start in range(0, len(credentials), ASKED_AT_ONCE):
+        batch = credentials[start : start + ASKED_AT_ONCE]
+        targets: list[Target] = []
+        for credential in batch:
+            try:
+                targets.append(target_of(credential))
+            except SealBroken:
+                yield credential, _note_failure(credential, "The keyring does not open its secret.")
+            except KeyError:
+                yield credential, _note_failure(credential, f"No adapter speaks '{credential.kind}'.")
+        asked = {target.credential_id: answer for target, answer in zip(targets, asyncio.run(listing.ask(targets, egress)), strict=True)}
+        for credential in batch:
+            answer = asked.get(credential.pk)
+            if isinstance(answer, UpstreamFailure):
+                yield credential, _note_failure(credential, answer.message)
+            elif answer is not None:
+                _note_models(credential, answer)
+                yield credential, ""
+
+
+def _note_failure(credential: Credential, message: str) -> str:
+    problem = clean(message)
+    Credential.objects.filter(pk=credential.pk).update(last_error=problem, models_due_at=timezone.now() + RETRY_AFTER)
+    credential.last_error = problem
+    return problem
+
+
+def _note_models(credential: Credential, listed: Mapping[str, Json]) -> None:
+    with transaction.atomic():
+        now = timezone.now()
+        # Changed or deleted while we waited: what was listed is no longer of this account.
+        still = Credential.objects.filter(pk=credential.pk, base_url=credential.base_url)
+        if still.update(last_error="", models_refreshed_at=now, models_due_at=now + REFRESH_EVERY):
+            _store_models(credential, listed)
+            if not registry.adapter(credential.kind).free:
+                fill_package_prices(credential, listed)
+
+
+def fill_package_prices(credential: Credential, listed: Iterable[str] = ()) -> int:
+    """Add the price package's rows for the vendor that this account calls. How many were new.
+
+    A row is added only where it differs from the package's latest. Rows by hand go before them in any case."""
+    now = timezone.now()
+    schedules = package_prices.prices(credential.effective_base_url, filter(_is_id, listed), now=now)
+    if not schedules:
+        return 0
+    known: dict[str, list[Price]] = {}
+    package_rows = Price.objects.filter(source=PriceSource.PACKAGE, pattern__startswith=f"{credential.prefix}/")
+    for row in package_rows.order_by("starts_at", "pk"):
+        known.setdefault(row.pattern, []).append(row)
+    new: list[Price] = []
+    for name, schedule in schedules.items():
+        pattern = f"{credential.prefix}/{name}"
+        rows = known.get(pattern, [])
+        for asked in schedule:
+            # A change that the package dates back begins now: what was charged so far stands.
+            begins = asked.starts_at if asked.starts_at is not None and (asked.starts_at > now or not rows) else now
+            before = [row for row in rows if row.starts_at <= begins]
+            if before and _says_the_same(before[-1], asked):
+                continue
+            row = _package_row(pattern, asked, begins)
+            new.append(row)
+            rows = [*rows, row]
+    if new:
+        Price.objects.bulk_create(new)
+        changed.send(sender=Price)
+    return len(new)
+
+
+def _package_row(pattern: str, listed: package_prices.Listed, starts_at: datetime) -> Price:
+    row = Price(pattern=pattern, starts_at=starts_at, source=PriceSource.PACKAGE, long_above=listed.long_above)
+    row.input, row.output, row.cache_read, row.cache_write = astuple(listed.rates)
+    if listed.long is not None:
+        row.long_input, row.long_output, row.long_cache_read, row.long_cache_write = astuple(listed.long)
+    return row
+
+
+def _says_the_same(row: Price, listed: package_prices.Listed) -> bool:
+    known = row.in_memory()
+    return (known.rates(0), known.long_above, known.long) == (listed.rates, listed.long_above, listed.long)
 
 
 def _is_id(name: str) -> bool:

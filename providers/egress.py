@@ -29,6 +29,8 @@ class Egress:
         """The addresses of `host`, each checked. Raises EgressRefused if one may not be reached, OSError if none is found."""
         try:
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except socket.gaierror as problem:
+            raise OSError(f"The name {host[:100]} was not found ({problem.strerror}).") from None
         except UnicodeError:  # a label that is empty or too long is refused before any look-up
             raise OSError(f"{host[:100]} is not a host name.") from None
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))

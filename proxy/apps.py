@@ -6,6 +6,7 @@ class ProxyConfig(AppConfig):
     verbose_name = "Traffic"
 
     def ready(self) -> None:
-        from proxy import snapshot
+        from proxy import audit, snapshot
 
         snapshot.listen()
+        audit.listen()
