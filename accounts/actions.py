@@ -300,7 +300,7 @@ def set_limit(
     try:
         policy.clean_allowance(allowance)
     except ValidationError as problem:
-        raise ValidationError({"limits": problem}) from None  # type: ignore[dict-item]
+        raise ValidationError({"limits": problem}) from None
     check_scope(organization, team=team, user=user, key=key)
     limit = _put_limit(allowance, organization=organization, team=team, user=user, key=key)
     record(actor, organization, "limit.set", limit.scope, limit=str(allowance))

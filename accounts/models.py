@@ -50,7 +50,11 @@ class User(AbstractBaseUser, PermissionsMixin):
     REQUIRED_FIELDS: ClassVar[list[str]] = []
 
     class Meta:
-        constraints = [models.UniqueConstraint(Lower("email"), name="user_email_is_unique_in_any_case")]
+        constraints = [
+            models.UniqueConstraint(
+                Lower("email"), name="user_email_is_unique_in_any_case", violation_error_message="There is already a user with this e-mail."
+            )
+        ]
 
     def __str__(self) -> str:
         return self.email
@@ -198,10 +202,12 @@ class Limit(models.Model):
             models.CheckConstraint(
                 condition=(Q(team=None) & Q(user=None)) | (Q(team=None) & Q(key=None)) | (Q(user=None) & Q(key=None)),
                 name="limit_has_one_scope",
+                violation_error_message="A limit is for one team, one user or one key: choose at most one of them.",
             ),
             models.CheckConstraint(
                 condition=(Q(metric="money") & ~Q(window="")) | (~Q(metric="money") & Q(window="")),
                 name="limit_has_a_window_exactly_when_it_is_money",
+                violation_error_message="A limit of money needs a window, and no other limit has one.",
             ),
             models.UniqueConstraint(
                 "organization",
@@ -211,6 +217,7 @@ class Limit(models.Model):
                 "metric",
                 "window",
                 name="one_limit_per_scope_metric_and_window",
+                violation_error_message="There is such a limit already: change that one.",
             ),
         ]
 

@@ -52,7 +52,7 @@ def clean(**values: Any) -> dict[str, Any]:
         except ValidationError as problem:
             problems[field] = problem
     if problems:
-        raise ValidationError(problems)  # type: ignore[arg-type]  # the stubs forget that errors may nest
+        raise ValidationError(problems)
     return cleaned
 
 

@@ -32,8 +32,8 @@ CSRF_TRUSTED_ORIGINS = [ENV.public_url]
 
 INSTALLED_APPS = [
     "daphne",  # before staticfiles: it replaces runserver with one that speaks ASGI
-    "unfold",
-    "django.contrib.admin",
+    "unfold.apps.BasicAppConfig",  # only its templates and classes: the site is ours
+    "project.apps.OperatorsAdmin",
     "django.contrib.auth",
     "django.contrib.contenttypes",
     "django.contrib.sessions",
@@ -46,7 +46,7 @@ INSTALLED_APPS = [
     "accounts",
     "providers",
     "proxy",
-    "project",
+    "project.apps.ProjectConfig",
 ]
 
 MIDDLEWARE = [

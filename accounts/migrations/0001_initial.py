@@ -122,7 +122,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddConstraint(
             model_name='user',
-            constraint=models.UniqueConstraint(django.db.models.functions.text.Lower('email'), name='user_email_is_unique_in_any_case'),
+            constraint=models.UniqueConstraint(django.db.models.functions.text.Lower('email'), name='user_email_is_unique_in_any_case', violation_error_message='There is already a user with this e-mail.'),
         ),
         migrations.AddIndex(
             model_name='auditentry',
@@ -138,15 +138,15 @@ class Migration(migrations.Migration):
         ),
         migrations.AddConstraint(
             model_name='limit',
-            constraint=models.CheckConstraint(condition=models.Q(models.Q(('team', None), ('user', None)), models.Q(('team', None), ('key', None)), models.Q(('user', None), ('key', None)), _connector='OR'), name='limit_has_one_scope'),
+            constraint=models.CheckConstraint(condition=models.Q(models.Q(('team', None), ('user', None)), models.Q(('team', None), ('key', None)), models.Q(('user', None), ('key', None)), _connector='OR'), name='limit_has_one_scope', violation_error_message='A limit is for one team, one user or one key: choose at most one of them.'),
         ),
         migrations.AddConstraint(
             model_name='limit',
-            constraint=models.CheckConstraint(condition=models.Q(models.Q(('metric', 'money'), models.Q(('window', ''), _negated=True)), models.Q(models.Q(('metric', 'money'), _negated=True), ('window', '')), _connector='OR'), name='limit_has_a_window_exactly_when_it_is_money'),
+            constraint=models.CheckConstraint(condition=models.Q(models.Q(('metric', 'money'), models.Q(('window', ''), _negated=True)), models.Q(models.Q(('metric', 'money'), _negated=True), ('window', '')), _connector='OR'), name='limit_has_a_window_exactly_when_it_is_money', violation_error_message='A limit of money needs a window, and no other limit has one.'),
         ),
         migrations.AddConstraint(
             model_name='limit',
-            constraint=models.UniqueConstraint(models.F('organization'), django.db.models.functions.comparison.Coalesce('team', models.Value(0)), django.db.models.functions.comparison.Coalesce('user', models.Value(0)), django.db.models.functions.comparison.Coalesce('key', models.Value(0)), models.F('metric'), models.F('window'), name='one_limit_per_scope_metric_and_window'),
+            constraint=models.UniqueConstraint(models.F('organization'), django.db.models.functions.comparison.Coalesce('team', models.Value(0)), django.db.models.functions.comparison.Coalesce('user', models.Value(0)), django.db.models.functions.comparison.Coalesce('key', models.Value(0)), models.F('metric'), models.F('window'), name='one_limit_per_scope_metric_and_window', violation_error_message='There is such a limit already: change that one.'),
         ),
         migrations.AddIndex(
             model_name='apikey',
