@@ -85,7 +85,7 @@ def the_line(run: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_the_newest_fitting_python_makes_the_environment(machine: Machine) -> None:
-    machine.has("python3", "3.9")
+    machine.has("python3", "3.11")
     machine.has("python3.11", "3.11")
     chosen = machine.has("python3.12", "3.12")
     assert machine.install().returncode == 0
