@@ -333,6 +333,9 @@ _REASON = re.compile(rb'"finish_reason"\s*:\s*"')
 
 
 def _needs_a_look(whole: bytes) -> bool:
+    # An event whose data does not end as an object does was cut off in the middle: passed on, it would break the client.
+    if whole.count(b"\n\n") != whole.count(b"}\n\n"):
+        return True
     return any(mark in whole for mark in _MARKS) or _REASON.search(whole) is not None
 
 

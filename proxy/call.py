@@ -92,10 +92,11 @@ class Outcome:
     reached: bool = False  # an upstream has the request and may bill it
     first_byte: float | None = None  # monotonic
     client_left: bool = False
+    complete: bool = False  # the stream's own last event has passed: who leaves now has got everything
     shadowed: tuple[str, ...] = field(default_factory=tuple)
 
     def begin(self, target: Target, price: Price | None) -> None:
         """A new attempt: what the one before left behind is forgotten."""
         self.target, self.price = target, price
         self.attempts += 1
-        self.tokens, self.output_estimate, self.reached, self.first_byte = None, 0, False, None
+        self.tokens, self.output_estimate, self.reached, self.first_byte, self.complete = None, 0, False, None, False

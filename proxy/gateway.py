@@ -151,7 +151,11 @@ class Gateway:
             outcome.status, outcome.error = problem.status, problem.code or problem.type
             await reply.error(problem)
         except asyncio.CancelledError:
-            outcome.status, outcome.error = (499, "client_closed") if outcome.client_left else (503, "shutdown")
+            # Clients close as soon as they have read [DONE], often before the upstream's own end has come.
+            if outcome.complete:
+                outcome.status = 200
+            else:
+                outcome.status, outcome.error = (499, "client_closed") if outcome.client_left else (503, "shutdown")
             if not outcome.client_left:
                 raise
             task.uncancel()
@@ -209,7 +213,7 @@ class Gateway:
                     try:
                         await respond.stream(reply, upstream.chunks(response, clock), reader)
                     finally:
-                        outcome.tokens, outcome.output_estimate = reader.tokens, reader.estimated_output()
+                        outcome.tokens, outcome.output_estimate, outcome.complete = reader.tokens, reader.estimated_output(), reader.finished
                 else:
                     body = await upstream.whole_body(response, clock)
                     answer = translate.whole(ask, target, body, response.headers.get("content-type", ""))
@@ -217,6 +221,8 @@ class Gateway:
                     await reply.whole(200, answer.body, answer.content_type)
             self.health.succeeded(target)
         except UpstreamFailure as problem:
+            if outcome.complete:
+                return await reply.end()  # lost after its last event: the client misses nothing
             if not reply.content_sent and (problem.upstream_status or problem.code == "upstream_unreachable"):
                 outcome.reached = False  # it refused, or never had the request: nothing is billed
             raise

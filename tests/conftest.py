@@ -156,6 +156,40 @@ def sim(sluice: Sluice, upstream_server: OpenAIUpstream) -> str:
     return "sim"
 
 
+class Accounts:
+    """Compares the usage row of a request with what the upstream billed for it."""
+
+    def __init__(self, sluice: Sluice, upstream: OpenAIUpstream) -> None:
+        self._sluice, self._upstream = sluice, upstream
+
+    def of(self, request_id: str, *, posts: int = 1, **expected: Any) -> dict[str, Any]:
+        """The one row of this request: tokens as billed, costed by SIM_PRICE, and `expected` as given."""
+        row, bill = self._sluice.row(request_id), self._upstream.bill(request_id)
+        fresh = row["input_tokens"] - row["cached_tokens"]
+        dollars = fresh * SIM_PRICE["input"] + row["cached_tokens"] * SIM_PRICE["cached"] + row["output_tokens"] * SIM_PRICE["output"]
+        seen = {
+            "input_tokens": row["input_tokens"],
+            "output_tokens": row["output_tokens"],
+            "micro_dollars": row["cost_usd"] * 1e6,
+            "posts": bill.posts,
+            **{name: row[name] for name in expected},
+        }
+        wanted = {"status": 200, "error": "", "attempts": 1, "usage_source": "reported", **expected}
+        assert seen | {name: row[name] for name in wanted} == {
+            "input_tokens": bill.input_tokens,
+            "output_tokens": bill.output_tokens,
+            "micro_dollars": pytest.approx(int(dollars + 0.5)),
+            "posts": posts,
+            **wanted,
+        }
+        return row
+
+
+@pytest.fixture
+def accounts(sluice: Sluice, upstream: OpenAIUpstream) -> Accounts:
+    return Accounts(sluice, upstream)
+
+
 def pytest_make_parametrize_id(config: pytest.Config, val: Any, argname: str) -> str | None:
     """Bytes and long values would make unreadable test ids."""
     return f"{argname}-{len(val)}-bytes" if isinstance(val, bytes) and len(val) > 30 else None

@@ -30,26 +30,6 @@ START_SECONDS = 60
 T = TypeVar("T")
 
 
-# Until the command is there.
-_ISSUE = """
-from accounts.models import *
-from accounts.principal import mint, digest, PREFIX
-from django.conf import settings
-o = {options!r}
-org, _ = Organization.objects.get_or_create(slug=o.get("organization", "default"), defaults=dict(name="Default"))
-user, _ = User.objects.get_or_create(email=o["email"])
-Membership.objects.get_or_create(user=user, organization=org)
-key, handle = mint()
-pid, pepper = next(iter(settings.KEYRING.keys("pepper").items()))
-models = [m for m in str(o.get("models", "")).split(",") if m]
-row = ApiKey.objects.create(organization=org, user=user, name=o["name"], handle=handle, digest=digest(pepper, key), pepper_id=pid, last_four=key[-4:], allowed_models=models)
-for metric in ("rpm", "tpm", "concurrency"):
-    if metric in o:
-        Limit.objects.create(organization=org, key=row, metric=metric, amount=o[metric])
-print(key)
-"""
-
-
 class CommandFailed(AssertionError):
     """A management command refused or broke. The message is what it said."""
 
@@ -168,8 +148,6 @@ class Sluice:
     def issue_key(self, **options: object) -> str:
         """A new key, of a user and name of its own unless given. Options as the command's: `rpm=5`, `models="a,b/*"`."""
         options = {"email": "tester@example.org", "name": f"test-{uuid.uuid4().hex[:8]}", **options}
-        if not (REPOSITORY / "accounts/management/commands/issue_key.py").exists():
-            return self.python(_ISSUE.format(options=options)).strip()
         return self.manage("issue_key", *_as_arguments(options)).strip()
 
     def add_openai(self, upstream: Any, *, label: str = "", prefix: str = "", secret: str = "sk-sim-ok", **settings: object) -> int:

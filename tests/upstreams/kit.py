@@ -460,6 +460,11 @@ class Call:
                 yield self._sent(number)
         if packer:
             await self.body(packer.flush()[: -8 if scenario == "gzip_trunc" else None])
+        if scenario == "reset_after":
+            await self._break("abort_mid")
+            return
+        if scenario == "late_end":
+            await self.sleep(300)
         await self.end()
         if scenario == "http10":
             self.cut()
