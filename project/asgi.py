@@ -13,13 +13,20 @@ from django.core.asgi import get_asgi_application
 
 django = get_asgi_application()
 
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.db import DatabaseError
+
 from project.runtime import Runtime
+from providers.wire import encode_json
 from proxy.call import Receive, Scope, Send
+from proxy.errors import Unavailable, UnknownPath
 
 log = logging.getLogger(__name__)
 
 runtime = Runtime()
-TEXT = [(b"content-type", b"application/json")]
+NOT_HERE = encode_json(UnknownPath("This process serves the other half: see `serve --only`.").body())
+NOT_STARTED = encode_json(Unavailable("The gateway has not started; its log says why.").body())
 
 
 def is_gateways(scope: Scope) -> bool:
@@ -35,39 +42,47 @@ async def http(scope: Scope, receive: Receive, send: Send) -> None:
     path = scope["path"]
     if path in ("/healthz", "/readyz"):
         return await probe(path, send)
-    if not runtime.ready:
-        await runtime.start()  # a server without lifespan events
-    if is_gateways(scope):
+    gateways = is_gateways(scope)
+    if ("web" if gateways else "gateway") == settings.SERVE_ONLY:
+        return await say(404, NOT_HERE, send)
+    if settings.SERVE_ONLY != "web" and not runtime.ready and not await started():
+        return await say(503, NOT_STARTED, send)
+    if gateways:
         return await runtime.gateway(scope, receive, send)
     await django(cast(dict[str, Any], scope), receive, send)  # type: ignore[arg-type]
 
 
+async def started() -> bool:
+    """Start now. False when it cannot; the log has the reason, in words where we have them."""
+    try:
+        await runtime.start()
+    except ImproperlyConfigured as problem:
+        log.error("Not started: %s", problem)
+    except DatabaseError as problem:
+        log.error("Not started: the database cannot be used (%s). Is it migrated?", problem)
+    return runtime.ready
+
+
 async def probe(path: str, send: Send) -> None:
     """`/healthz`: the process answers. `/readyz`: it also takes requests."""
-    good = path == "/healthz" or runtime.ready
-    await send({"type": "http.response.start", "status": 200 if good else 503, "headers": TEXT})
-    await send({"type": "http.response.body", "body": b'{"status":"ok"}' if good else b'{"status":"starting"}'})
+    good = path == "/healthz" or runtime.ready or settings.SERVE_ONLY == "web"
+    await say(200 if good else 503, b'{"status":"ok"}' if good else b'{"status":"starting"}', send)
+
+
+async def say(status: int, body: bytes, send: Send) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def lifespan(scope: Scope, receive: Receive, send: Send) -> None:
     while True:
         message = await receive()
         if message["type"] == "lifespan.startup":
-            try:
-                await runtime.start()
-            except Exception as problem:
-                log.error("Not started: %s", problem, exc_info=not _is_said_in_words(problem))
-                return await send({"type": "lifespan.startup.failed", "message": ""})
-            await send({"type": "lifespan.startup.complete"})
+            good = settings.SERVE_ONLY == "web" or await started()
+            await send({"type": "lifespan.startup.complete" if good else "lifespan.startup.failed"})
         else:
             await runtime.stop()
             return await send({"type": "lifespan.shutdown.complete"})
-
-
-def _is_said_in_words(problem: Exception) -> bool:
-    from django.core.exceptions import ImproperlyConfigured
-
-    return isinstance(problem, ImproperlyConfigured)
 
 
 application = ProtocolTypeRouter({"http": http, "lifespan": lifespan})

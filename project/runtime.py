@@ -9,17 +9,20 @@ import asyncio
 import fcntl
 import logging
 import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
-from django.db import DatabaseError, InterfaceError, close_old_connections
+from django.db import DatabaseError, InterfaceError, close_old_connections, connection
 
 from accounts.principal import Principal
 from providers.actions import check_canary
 from providers.egress import Egress
+from providers.tasks import refresh_due
 from providers.transport import StockTransport, Timeouts
 from proxy import ledger, snapshot
 from proxy.catalog import Catalog, Current
@@ -34,6 +37,7 @@ from proxy.stores.memory import MemoryLimits
 
 log = logging.getLogger(__name__)
 
+LISTS_EVERY_SECONDS = 5.0  # how soon a new upstream is asked for its models; each is asked again hourly
 UNKNOWN_SECONDS = 2.0
 MOST_UNKNOWN = 10_000
 
@@ -49,6 +53,7 @@ class Runtime:
         self._journal: Journal | None = None
         self._ledger: Ledger | None = None
         self._refresher: snapshot.Refresher | None = None
+        self._lists: Sweep | None = None
         self._starting = asyncio.Lock()
         self._unknown: dict[bytes, float] = {}
         self._lock: int | None = None
@@ -75,21 +80,25 @@ class Runtime:
         return self._journal
 
     async def start(self) -> None:
-        """Adopt, count, load, and only then be ready. A second call waits for the first."""
+        """Adopt, count, load, and only then be ready. A second call waits for the first.
+
+        Raises ImproperlyConfigured or DatabaseError, and then holds nothing: it can be tried again."""
         async with self._starting:
             if self.ready:
                 return
             self._loop = asyncio.get_running_loop()
-            env = settings.ENV
             self._lock = own_data_dir()
-            self._journal = Journal(
-                self.root, segment_bytes=env.journal_segment_bytes, max_bytes=env.journal_max_bytes, fsync=env.journal_fsync
-            )
+            try:
+                self._journal = open_journal(self.root)
+                await sync_to_async(self._prepare, thread_sensitive=False)()
+            except BaseException:
+                self._let_go()
+                raise
             self._ledger = Ledger(self._journal, self.root, self.refusals)
-            await sync_to_async(self._prepare, thread_sensitive=False)()
             self._refresher = snapshot.Refresher(self.current, self._install)
-            self._refresher.start()
-            self._ledger.start()
+            self._lists = Sweep("sluice-models", LISTS_EVERY_SECONDS, refresh_due)
+            for thread in (self._refresher, self._ledger, self._lists):
+                thread.start()
             self.ready = True
 
     async def stop(self) -> None:
@@ -99,13 +108,23 @@ class Runtime:
         self.ready = False
         assert self._refresher is not None
         assert self._ledger is not None
-        assert self._journal is not None
+        assert self._lists is not None
+        self._lists.end()
         await sync_to_async(self._refresher.stop, thread_sensitive=False)()
-        await sync_to_async(self._ledger.stop, thread_sensitive=False)()
+        try:
+            await sync_to_async(self._ledger.stop, thread_sensitive=False)()
+        except (DatabaseError, InterfaceError):
+            log.warning("The database is away: the usage of this process stays in its journal, for the next start to store")
         await self.transport.aclose()
-        self._journal.close(remove_folder=not self._journal.open_admissions())
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._journal is not None:
+            self._journal.close(remove_folder=self._journal.is_shipped())
+            self._journal = None
         if self._lock is not None:
             os.close(self._lock)
+            self._lock = None
 
     def _prepare(self) -> None:
         check_canary()
@@ -154,6 +173,34 @@ class Runtime:
                     self._unknown.clear()
             self._unknown.update(dict.fromkeys(digests, now + UNKNOWN_SECONDS))
         return principal
+
+
+class Sweep(threading.Thread):
+    """Work that is done again and again beside the requests, as a scheduler would."""
+
+    def __init__(self, name: str, every_seconds: float, work: Callable[[], object]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._every_seconds, self._work = every_seconds, work
+        self._ending = threading.Event()
+
+    def run(self) -> None:
+        while not self._ending.wait(self._every_seconds):
+            try:
+                self._work()
+            except Exception:
+                # One bad sweep must not end all later ones.
+                log.exception("%s: this sweep failed, the next one follows", self.name)
+                connection.close()
+        connection.close()
+
+    def end(self) -> None:
+        """No further sweep. One that waits for an upstream ends with the process."""
+        self._ending.set()
+
+
+def open_journal(root: Path) -> Journal:
+    env = settings.ENV
+    return Journal(root, segment_bytes=env.journal_segment_bytes, max_bytes=env.journal_max_bytes, fsync=env.journal_fsync)
 
 
 def timeouts_of(env: object) -> Timeouts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import environ
 from django.core.exceptions import ImproperlyConfigured
 from django.urls import reverse_lazy
@@ -133,6 +135,7 @@ STATICFILES_DIRS = [BASE_DIR / "static"]
 STATIC_ROOT = BASE_DIR / "staticfiles"
 # Without a collected folder (make run, tests) files come straight from the apps.
 WHITENOISE_USE_FINDERS = True
+warnings.filterwarnings("ignore", message="No directory at", category=UserWarning)
 
 CONTENT_SECURITY_POLICY = {
     "EXCLUDE_URL_PREFIXES": ["/admin/", "/api/docs"],
@@ -168,5 +171,8 @@ LOGGING = {
         "daphne": {"handlers": [], "level": "INFO", "propagate": True},
     },
 }
+
+# What this process serves: "gateway" (/v1), "web" (the rest) or both. `serve --only` says so.
+SERVE_ONLY = ""
 
 SILENCED_SYSTEM_CHECKS: list[str] = []

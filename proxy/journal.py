@@ -165,6 +165,7 @@ class Journal:
         self._size = 0
         self._sealed_bytes = 0
         self._sealed: dict[int, int] = {}
+        self.shipped = (1, 0)  # how far the ledger has stored it
         self._reserve()
 
     def admitted(self, record: Admitted) -> None:
@@ -211,8 +212,9 @@ class Journal:
     def size(self) -> int:
         return self._sealed_bytes + self._size
 
-    def open_admissions(self) -> int:
-        return len(self._open)
+    def is_shipped(self) -> bool:
+        """Nothing is open and nothing is left to store: the journal may go."""
+        return self.shipped == self.position() and not self._open and not self._unsaved
 
     def close(self, *, remove_folder: bool = False) -> None:
         """Give the journal up. What is left in it will be adopted by the next worker that looks."""

@@ -11,7 +11,6 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -172,14 +171,6 @@ def store_refusals(counts: dict[Refusal, int]) -> None:
         )
 
 
-@dataclass(slots=True)
-class Cursor:
-    """How far our own journal has been shipped."""
-
-    segment: int = 1
-    offset: int = 0
-
-
 class Ledger(threading.Thread):
     """Ships the journal of this process, in a thread with a connection of its own.
 
@@ -188,7 +179,6 @@ class Ledger(threading.Thread):
     def __init__(self, own: Journal, root: Path, refusals: Refusals) -> None:
         super().__init__(name="sluice-ledger", daemon=True)
         self._own, self._root, self._refusals = own, root, refusals
-        self._cursor = Cursor()
         self._shipping = threading.Lock()
         self._ending = threading.Event()
         self._used: dict[int, datetime] = {}
@@ -228,21 +218,21 @@ class Ledger(threading.Thread):
         with self._shipping:
             last, offset = until or self._own.position()
             stored = 0
-            while (self._cursor.segment, self._cursor.offset) < (last, offset):
-                segment = self._cursor.segment
-                stored += self._ship_segment(segment, offset if segment == last else None)
-                if segment == last:
+            while self._own.shipped < (last, offset):
+                number, start = self._own.shipped
+                stored += self._ship_segment(number, start, offset if number == last else None)
+                if number == last:
                     break
-                self._own.drop(segment)
-                self._cursor = Cursor(segment + 1, 0)
+                self._own.drop(number)
+                self._own.shipped = (number + 1, 0)
             return stored
 
-    def _ship_segment(self, number: int, until: int | None) -> int:
-        read = list(journal.read(self._own.segment(number), self._cursor.offset, until))
+    def _ship_segment(self, number: int, start: int, until: int | None) -> int:
+        read = list(journal.read(self._own.segment(number), start, until))
         rows = [row_of(record) for record, _ in read if isinstance(record, Settled)]
         stored = store(rows)
         if read:
-            self._cursor.offset = read[-1][1]
+            self._own.shipped = (number, read[-1][1])
         for row in rows:
             self._used[row["key_id"]] = max(row["at"], self._used.get(row["key_id"], row["at"]))
         return stored

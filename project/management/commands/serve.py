@@ -18,9 +18,10 @@ class Command(BaseCommand):
         parser.add_argument("--host", default=settings.ENV.host)
         parser.add_argument("--port", type=int, default=settings.ENV.port)
         parser.add_argument("--workers", type=int, default=1)
+        parser.add_argument("--only", choices=["gateway", "web"], default="", help="serve /v1 alone, or all but /v1")
         parser.add_argument("--server", choices=["uvicorn", "daphne"], default="uvicorn")
 
-    def handle(self, *args: Any, host: str, port: int, workers: int, server: str, **options: Any) -> None:
+    def handle(self, *args: Any, host: str, port: int, workers: int, only: str, server: str, **options: Any) -> None:
         from project.server import run_daphne, run_uvicorn
 
         if workers != 1:
@@ -29,6 +30,7 @@ class Command(BaseCommand):
         if executor.migration_plan(executor.loader.graph.leaf_nodes()):
             raise CommandError("The database is not up to date: run `manage.py migrate` first.")
         connection.close()
+        settings.SERVE_ONLY = only
         self.stdout.write(f"Sluice starts on http://{host}:{port}")
         self.stdout.flush()
         status = run_daphne(host, port) if server == "daphne" else run_uvicorn(host, port, drain_seconds=settings.ENV.drain_seconds)
