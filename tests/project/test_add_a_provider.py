@@ -89,7 +89,7 @@ def test_a_vendor_that_speaks_openai_is_a_name_and_an_address(installed: Sluice,
     answer = chat(installed, installed.issue_key(), "acme/gpt-4o", "hello there")
     assert answer.status_code == 200, answer.text
     assert "hello there" in answer.json()["choices"][0]["message"]["content"]
-    assert upstream.calls()[-1].headers["x-acme-region"] == "us"
+    assert upstream.calls(answer.headers["x-request-id"])[-1].headers["x-acme-region"] == "us"
     row = installed.row(answer.headers["x-request-id"])
     assert (row["provider"], row["credential"], row["served_model"]) == ("acme", "Acme", "acme/gpt-4o")
     assert row["usage_source"] == "reported"
