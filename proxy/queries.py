@@ -107,6 +107,12 @@ class Bucket:
     ends_at: datetime
     sums: Sums
 
+    @property
+    def label(self) -> str:
+        """Mon 16 Nov, 06:00; without the time where a step is a day."""
+        whole_day = self.ends_at.date() > self.starts_at.date() and self.starts_at.time() == self.ends_at.time()
+        return self.starts_at.strftime("%a %-d %b" if whole_day else "%a %-d %b, %H:%M")
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -302,6 +308,16 @@ def refused_calls(organization: Organization, key_id: int, *, since: datetime) -
         Refused(row["status"], row["code"].removeprefix(SHADOW), row["total"], row["last_hour"], shadow=row["code"].startswith(SHADOW))
         for row in rows
     ]
+
+
+def limits_on(organization: Organization, key: ApiKey) -> list[Limit]:
+    """Every limit that a call with this key meets: its own, its owner's, its team's and the organization's, in this order."""
+    whole = Q(key=None, user=None, team=None)
+    scope = whole | Q(key=key) | Q(user=key.user_id)
+    if key.team_id:
+        scope |= Q(team=key.team_id)
+    found = Limit.objects.filter(scope, organization=organization).select_related("user", "team")
+    return sorted(found, key=lambda limit: (not limit.key_id, not limit.user_id, not limit.team_id, limit.metric, limit.pk))
 
 
 def budgets(organization: Organization, limits: Iterable[Limit], now: datetime) -> list[Budget]:

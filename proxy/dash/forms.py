@@ -1,0 +1,144 @@
+"""What people fill in. The rules themselves are in `accounts.policy`; here texts become its values."""
+
+from __future__ import annotations
+
+from datetime import MAXYEAR, date, datetime, time, timedelta
+from typing import Any
+
+from django import forms
+from django.core.exceptions import ValidationError
+
+from accounts import queries as accounts
+from accounts.actions import LONGEST_OVERLAP
+from accounts.models import Membership, Metric, Team, User, Window
+from accounts.money import parse_usd
+from accounts.policy import Allowance
+from proxy.queries import zone_of
+
+_MOST = 10**15
+
+
+class KeyForm(forms.Form):
+    """A new key. What is left empty is not limited."""
+
+    name = forms.CharField(max_length=150, label="Name", help_text="What it is for, such as “ci” or “notebook”.")
+    email = forms.EmailField(max_length=254, label="Owner", help_text="A member of the organization; the key is theirs.")
+    team = forms.ModelChoiceField(Team.objects.none(), required=False, label="Team", empty_label="No team")
+    models = forms.CharField(
+        required=False, max_length=4000, label="Models", help_text="Names or patterns with *, separated by commas. Empty = all models."
+    )
+    expires_on = forms.DateField(
+        required=False, label="Last day", help_text="Empty = it never expires.", widget=forms.DateInput(attrs={"type": "date"})
+    )
+    rpm = forms.IntegerField(required=False, min_value=0, max_value=_MOST, label="Requests per minute")
+    tpm = forms.IntegerField(required=False, min_value=0, max_value=_MOST, label="Tokens per minute")
+    concurrency = forms.IntegerField(required=False, min_value=0, max_value=_MOST, label="Open requests at a time")
+    budget = forms.CharField(required=False, max_length=20, label="Budget in US dollars", help_text="Such as 25 or 12.50.")
+    window = forms.ChoiceField(
+        required=False,
+        label="Budget for each",
+        choices=[("day", "day"), ("week", "week"), ("month", "month"), ("total", "whole life of the key")],
+        initial="month",
+    )
+    once = forms.CharField(max_length=64, widget=forms.HiddenInput)
+
+    BASIC = ("name",)
+    PLACES = ("email", "team", "models", "expires_on")
+    LIMITS = ("rpm", "tpm", "concurrency", "budget", "window")
+
+    def __init__(self, place: Membership, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.place = place
+        if place.manages:
+            self.fields["email"].initial = place.user.email
+            teams = Team.objects.filter(organization=place.organization)
+        else:
+            del self.fields["email"]
+            teams = Team.objects.filter(organization=place.organization, members__user=place.user)
+        self.fields["team"].queryset = teams.order_by("name")  # type: ignore[attr-defined]
+        self.fields["name"].widget.attrs["autocomplete"] = "off"
+        self.fields["budget"].widget.attrs["inputmode"] = "decimal"
+
+    @property
+    def places(self) -> list[forms.BoundField]:
+        return [self[name] for name in self.PLACES if name in self.fields]
+
+    @property
+    def limits(self) -> list[forms.BoundField]:
+        return [self[name] for name in self.LIMITS]
+
+    @property
+    def has_hidden_errors(self) -> bool:
+        """A mistake in what is folded away: it has to be open then."""
+        return any(self[name].errors for name in (*self.PLACES, *self.LIMITS) if name in self.fields)
+
+    def clean_email(self) -> User:
+        email = self.cleaned_data["email"]
+        holder = accounts.member_of(self.place.organization, email)
+        if holder is None:
+            raise ValidationError("Nobody with this e-mail is a member of the organization.")
+        return holder
+
+    def clean_expires_on(self) -> date | None:
+        last_day: date | None = self.cleaned_data["expires_on"]
+        if last_day is not None and last_day.year >= MAXYEAR:
+            raise ValidationError("This day is too far away: leave it empty for a key that never expires.")
+        return last_day
+
+    def clean_budget(self) -> int | None:
+        text = self.cleaned_data["budget"]
+        return parse_usd(text) if text else None
+
+    def asked(self) -> dict[str, Any]:
+        """The arguments of `issue_key`."""
+        said = self.cleaned_data
+        last_day = said["expires_on"]
+        zone = zone_of(self.place.organization)
+        return {
+            "organization": self.place.organization,
+            "user": said.get("email", self.place.user),
+            "name": said["name"],
+            "team": said["team"],
+            "models": said["models"].split(","),
+            "expires_at": datetime.combine(last_day + timedelta(days=1), time(), zone) if last_day else None,
+            "limits": list(self._allowances()),
+        }
+
+    def _allowances(self) -> list[Allowance]:
+        said = self.cleaned_data
+        found = [Allowance(metric, said[metric]) for metric in ("rpm", "tpm", "concurrency") if said[metric] is not None]
+        if said["budget"] is not None:
+            found.append(Allowance(Metric.MONEY, said["budget"], said["window"] or Window.MONTH))
+        return found
+
+    def complain(self, problem: ValidationError) -> None:
+        """Put an action's complaint beside the field it is about."""
+        names = {"expires_at": "expires_on", "limits": "budget"}
+        if not hasattr(problem, "error_dict"):
+            return self.add_error(None, problem)
+        for field, errors in problem.error_dict.items():
+            name = names.get(field, field)
+            self.add_error(name if name in self.fields else None, errors)
+        return None
+
+
+class RenameForm(forms.Form):
+    name = forms.CharField(max_length=150, label="Name")
+
+
+class RotateForm(forms.Form):
+    """How long the old key goes on working beside the new one."""
+
+    hours = forms.TypedChoiceField(
+        label="The old key works on for",
+        coerce=int,
+        initial=24,
+        choices=[
+            (0, "not at all: it stops at once"),
+            (1, "1 hour"),
+            (24, "24 hours"),
+            (24 * 7, "7 days"),
+            (LONGEST_OVERLAP.days * 24, "30 days"),
+        ],
+    )
+    once = forms.CharField(max_length=64, widget=forms.HiddenInput)
