@@ -151,7 +151,8 @@ def upstream(upstream_server: OpenAIUpstream) -> OpenAIUpstream:
 def sim(sluice: Sluice, upstream_server: OpenAIUpstream) -> str:
     """The prefix of a credential on the shared upstream whose models have the price SIM_PRICE."""
     sluice.set_price("sim/*", **SIM_PRICE)
-    sluice.add_openai(upstream_server, label="sim", prefix="sim", secret="sk-sim-ok")
+    credential = sluice.add_openai(upstream_server, label="sim", prefix="sim", secret="sk-sim-ok")
+    sluice.manage("refresh_models", "--credential", str(credential))
     sluice.wait_for("sim")
     return "sim"
 

@@ -118,6 +118,7 @@ async def test_a_stream_async(sluice: Sluice, sim: str, accounts: Accounts) -> N
     [
         "split_utf8",
         "gzip",
+        "gzip_trunc",
         "coalesced",
         "chunk_splits_frame",
         "crlf",
@@ -340,14 +341,22 @@ def test_images(client: OpenAI, accounts: Accounts) -> None:
     accounts.of(answer._request_id, output_tokens=100)
 
 
-def test_models_are_listed_and_found_by_an_id_with_slashes(sluice: Sluice, client: OpenAI) -> None:
-    listed = [model.id for model in client.models.list()]
-    # A model of this credential appears when its list has been refreshed; `demo` is asked of what is always there.
-    for model_id in listed:
-        assert client.models.retrieve(model_id).id == model_id
+def test_models_are_listed_and_found_by_an_id_with_slashes(client: OpenAI) -> None:
+    listed = {model.id: model for model in client.models.list()}
+
+    assert listed["sim/gpt-4o"].owned_by == "sim"
+    assert listed["sim/gpt-4o"].object == "model"
+    assert client.models.retrieve("sim/vendor/model-with-slash").id == "sim/vendor/model-with-slash"
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("sim/no-such/model")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+def test_a_model_that_only_one_pool_lists_needs_no_prefix(client: OpenAI, accounts: Accounts) -> None:
+    answer = client.chat.completions.create(model="gpt-3.5-turbo", messages=HELLO)
+
+    assert answer._request_id is not None
+    accounts.of(answer._request_id, model="gpt-3.5-turbo", served_model="sim/gpt-3.5-turbo")
 
 
 # Around an answer

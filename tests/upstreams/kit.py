@@ -26,6 +26,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 CREATED = 1786000000
 MOST_HEAD_BYTES = 64 << 10
 PAGE = b"<!DOCTYPE html><html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1><hr>nginx/1.24.0</body></html>"
+# Something in front of the upstream answers: the upstream itself never sees the request.
+NOT_EXECUTED = frozenset({"html_502", "redirect", "bad_status"})
 Headers = Sequence[tuple[str, str]]
 
 
@@ -207,6 +209,8 @@ class Simulator:
 
     def charge(self, seen: Seen, *, input_tokens: int) -> Bill:
         """A POST is executed: it is on the bill, whatever becomes of the answer."""
+        if seen.scenario in NOT_EXECUTED:
+            return Bill()
         with self._lock:
             bill = self.bills.setdefault(seen.request_id, Bill())
             bill.posts += 1
