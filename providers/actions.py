@@ -384,15 +384,23 @@ def set_price(
     )
     with transaction.atomic():
         price.save()
-        audited.send(
-            sender=Price,
-            actor=actor,
-            organization_id=None,
-            action="price.set",
-            subject=price.pattern,
-            detail={name: getattr(price, name) for name in ("input", "output", "cache_read", "cache_write")},
-        )
+        _audit_price(actor, price, "price.set")
     return price
+
+
+def take_back_price(price: Price, *, actor: models.Model | None = None) -> None:
+    """Delete a row that has not begun. Raises ValidationError for one that has: costs refer to it."""
+    with transaction.atomic():
+        deleted, _ = Price.objects.filter(pk=price.pk, starts_at__gt=timezone.now()).delete()
+        if not deleted:
+            raise ValidationError("This price is in force or has been: add a new row instead.")
+        _audit_price(actor, price, "price.taken_back")
+
+
+def _audit_price(actor: models.Model | None, price: Price, action: str) -> None:
+    detail: dict[str, object] = {name: getattr(price, name) for name in ("input", "output", "cache_read", "cache_write")}
+    detail["starts_at"] = price.starts_at.isoformat()
+    audited.send(sender=Price, actor=actor, organization_id=None, action=action, subject=price.pattern, detail=detail)
 
 
 def _audit(actor: models.Model | None, credential: Credential, action: str, **detail: object) -> None:

@@ -134,7 +134,7 @@ def micro_dollars(field: str, usd: str | Decimal | int) -> int:
         amount = Decimal(usd)
     except InvalidOperation:
         raise ValidationError({field: f"'{usd}' is not an amount in USD such as 2.50."}) from None
-    if not amount.is_finite() or not 0 <= amount <= DEAREST_USD:
+    if not amount.is_finite() or len(amount.as_tuple().digits) > 20 or not 0 <= amount <= DEAREST_USD:
         raise ValidationError({field: f"An amount is between 0 and {DEAREST_USD} USD per million tokens."})
     micro = amount * MICRO
     if micro != int(micro):
