@@ -45,7 +45,7 @@ async def http(scope: Scope, receive: Receive, send: Send) -> None:
     gateways = is_gateways(scope)
     if ("web" if gateways else "gateway") == settings.SERVE_ONLY:
         return await say(404, NOT_HERE, send)
-    if settings.SERVE_ONLY != "web" and not runtime.ready and not await started():
+    if settings.SERVE_ONLY != "web" and not await started():
         return await say(503, NOT_STARTED, send)
     if gateways:
         return await runtime.gateway(scope, receive, send)
@@ -53,7 +53,7 @@ async def http(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def started() -> bool:
-    """Start now. False when it cannot; the log has the reason, in words where we have them."""
+    """Start now, if that has not happened yet. False when it cannot; the log has the reason, in words where we have them."""
     try:
         await runtime.start()
     except ImproperlyConfigured as problem:
@@ -64,7 +64,9 @@ async def started() -> bool:
 
 
 async def probe(path: str, send: Send) -> None:
-    """`/healthz`: the process answers. `/readyz`: it also takes requests."""
+    """`/healthz`: the process answers. `/readyz`: it also takes requests (and starts, where no lifespan event said so)."""
+    if path == "/readyz" and settings.SERVE_ONLY != "web":
+        await started()
     good = path == "/healthz" or runtime.ready or settings.SERVE_ONLY == "web"
     await say(200 if good else 503, b'{"status":"ok"}' if good else b'{"status":"starting"}', send)
 

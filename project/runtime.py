@@ -50,6 +50,7 @@ class Runtime:
         self.limits = MemoryLimits()
         self.refusals = Refusals()
         self.ready = False
+        self._stopped = False
         self._journal: Journal | None = None
         self._ledger: Ledger | None = None
         self._refresher: snapshot.Refresher | None = None
@@ -83,8 +84,10 @@ class Runtime:
         """Adopt, count, load, and only then be ready. A second call waits for the first.
 
         Raises ImproperlyConfigured or DatabaseError, and then holds nothing: it can be tried again."""
+        if self.ready:
+            return
         async with self._starting:
-            if self.ready:
+            if self.ready or self._stopped:
                 return
             self._loop = asyncio.get_running_loop()
             self._lock = own_data_dir()
@@ -105,7 +108,7 @@ class Runtime:
         """Ship what is left. What is still open stays in the journal, for the next start to adopt."""
         if not self.ready:
             return
-        self.ready = False
+        self.ready, self._stopped = False, True
         assert self._refresher is not None
         assert self._ledger is not None
         assert self._lists is not None

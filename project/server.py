@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-import sys
+import signal
+from types import FrameType
 
 import uvicorn
+
+
+class Server(uvicorn.Server):
+    """Drains on the first signal and then ends by itself, with exit status 0: a drain is no failure."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True  # asked twice by hand: at once, then
+        self.should_exit = True
 
 
 def run_uvicorn(host: str, port: int, *, drain_seconds: float) -> int:
@@ -24,7 +34,7 @@ def run_uvicorn(host: str, port: int, *, drain_seconds: float) -> int:
         proxy_headers=False,
         timeout_graceful_shutdown=round(drain_seconds),
     )
-    server = uvicorn.Server(config)
+    server = Server(config)
     server.run()
     return 0 if server.started else 1
 
@@ -32,6 +42,5 @@ def run_uvicorn(host: str, port: int, *, drain_seconds: float) -> int:
 def run_daphne(host: str, port: int) -> int:
     from daphne.cli import CommandLineInterface
 
-    sys.argv[0] = "daphne"
     CommandLineInterface().run(["-b", host, "-p", str(port), "project.asgi:application"])
     return 0

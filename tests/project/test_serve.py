@@ -12,6 +12,12 @@ from tests.serving import REPOSITORY, NotStarted, Sluice, eventually, free_port,
 
 ECHO = {"model": "demo/echo", "messages": [{"role": "user", "content": "hello"}]}
 
+REVOKE = """
+from accounts import actions
+from accounts.models import ApiKey
+actions.revoke_key(ApiKey.objects.get(name="revoke me"), actor=None)
+"""
+
 
 def ask(url: str, key: str, **body: object) -> httpx.Response:
     return httpx.post(f"{url}/v1/chat/completions", json=ECHO | body, headers={"authorization": f"Bearer {key}"}, timeout=10)
@@ -22,9 +28,7 @@ def test_a_key_issued_beside_a_running_server_works_at_once_and_stops_within_fiv
     sluice.wait_for("serve")
     key = sluice.issue_key(name="revoke me")
     assert ask(sluice.url, key, model="serve/echo").status_code == 200
-    sluice.python(
-        "from accounts import actions; from accounts.models import ApiKey; actions.revoke_key(ApiKey.objects.get(name='revoke me'), actor=None)"
-    )
+    sluice.python(REVOKE)
     began = time.monotonic()
     eventually(lambda: ask(sluice.url, key, model="serve/echo").status_code == 401, "a revoked key still works", seconds=5)
     assert time.monotonic() - began < 5
@@ -40,14 +44,14 @@ def test_a_second_server_on_the_same_folder_is_refused_in_words(sluice):
 def test_a_wrong_keyring_is_refused_at_the_start(tmp_path):
     with running(tmp_path) as house:
         assert house.stop() == 0
-        (house.data_dir / "keyring").write_text("another keyring, forty characters long..\n".replace(" ", "_"))
+        (house.data_dir / "keyring").write_text("another-keyring-of-forty-characters-or-more\n")
         with pytest.raises(NotStarted, match="KEYRING is not the one"):
             house.start_again()
 
 
 def test_a_database_that_is_not_migrated_is_refused_in_words(tmp_path):
     house = Sluice(tmp_path / "data")
-    with pytest.raises(NotStarted, match="manage.py migrate"):
+    with pytest.raises(NotStarted, match=r"manage\.py migrate"):
         house.start_again()
     house.close()
 
@@ -55,6 +59,7 @@ def test_a_database_that_is_not_migrated_is_refused_in_words(tmp_path):
 def test_a_clean_stop_exits_0_stores_all_and_leaves_no_journal(tmp_path):
     with running(tmp_path) as house:
         house.manage("bootstrap")
+        house.wait_for("demo")
         key = house.issue_key()
         ids = [ask(house.url, key).headers["x-request-id"] for _ in range(5)]
         assert house.stop() == 0
@@ -65,6 +70,7 @@ def test_a_clean_stop_exits_0_stores_all_and_leaves_no_journal(tmp_path):
 def test_a_running_stream_finishes_before_the_server_does(tmp_path):
     with running(tmp_path) as house:
         house.manage("bootstrap")
+        house.wait_for("demo")
         key = house.issue_key()
         words = " ".join(str(number) for number in range(60))
         body = ECHO | {"stream": True, "messages": [{"role": "user", "content": words}]}
