@@ -216,7 +216,7 @@ def rotate_key(key: ApiKey, *, overlap: timedelta = OVERLAP, actor: User | None 
     if not timedelta(0) <= overlap <= LONGEST_OVERLAP:
         raise ValidationError({"overlap": f"The overlap lies between 0 and {LONGEST_OVERLAP.days} days."})
     now = timezone.now()
-    old = ApiKey.objects.select_for_update().select_related("organization", "user", "team").get(pk=key.pk)
+    old = ApiKey.objects.select_for_update().get(pk=key.pk)
     check_holder(old.organization, old.user, old.team)
     sibling, clear = _create_key(
         organization=old.organization,
