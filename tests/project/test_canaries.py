@@ -1,0 +1,147 @@
+"""S11: secrets planted everywhere a client, an operator or an upstream can put one; then everything kept is searched.
+
+The server logs at DEBUG, so that no quiet sink is missed."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.serving import Sluice, running
+from tests.upstreams.kit import Step
+from tests.upstreams.openai import OpenAIUpstream
+
+UPSTREAM_SECRET = "sk-sim-ok~canary-upstream-7f3a91"
+OTHER_SECRET = "plainupstreamcanary8841"  # no shape that a pattern could know: only its value gives it away
+CALLERS_SECRET = "sk-sim-ok~canary-caller-55c0de"
+PROMPT = "canary-prompt-the-plans-of-the-merger"
+PASSWORD = "canary-password-Zx81-long-enough"
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    with running(tmp_path_factory.mktemp("canaries"), LOG_LEVEL="DEBUG") as sluice:
+        yield sluice
+
+
+def planted(house: Sluice, upstream: OpenAIUpstream) -> tuple[str, list[httpx.Response]]:
+    """Say every secret in every place. The issued key, and all that clients were answered."""
+    house.manage("bootstrap", "--email", "admin@example.org")
+    house.python(
+        f"from accounts.models import User; u = User.objects.get(email='admin@example.org'); u.set_password('{PASSWORD}'); u.save()"
+    )
+    house.add_openai(upstream, prefix="c", secret=UPSTREAM_SECRET, pass_through=True)
+    house.add_openai(upstream, prefix="d", secret=OTHER_SECRET)
+    house.wait_for("c", "d")
+    key = house.issue_key(email="admin@example.org", name="canary")
+    answers: list[httpx.Response] = []
+    with httpx.Client(base_url=house.url, timeout=10) as client:
+
+        def ask(model: str, *, content: str = PROMPT, path: str = "/v1/chat/completions", **headers: str) -> None:
+            body = {"model": model, "user": CALLERS_SECRET, "messages": [{"role": "user", "content": content}]}
+            answers.append(client.post(path, json=body, headers={"authorization": f"Bearer {key}"} | headers))
+
+        ask("c/gpt-4o-mini")
+        ask("c/gpt-4o-mini", **{"x-upstream-key": CALLERS_SECRET, "cookie": f"session={key}", "user-agent": key, "x-forwarded-for": key})
+        ask("d/gpt-4o-mini")  # the simulator does not know this secret: it refuses, and quotes what it can
+        ask(f"c/{UPSTREAM_SECRET}")
+        ask(f"c/sim-{key}")
+        ask("c/gpt-4o-mini", path=f"/v1/chat/completions?key={key}")
+        ask("c/gpt-4o-mini", path=f"/v1/{key}")
+        ask("c/gpt-4o-mini", **{"x-api-key": f"{key}x"})
+        ask("c/gpt-4o-mini", authorization=f"Basic {key}")
+        for text in (
+            f"Incorrect API key provided: {UPSTREAM_SECRET}",
+            f"Quota of Bearer {UPSTREAM_SECRET} (and of {OTHER_SECRET}) is used up",
+            f"<html>{OTHER_SECRET}</html>",
+        ):
+            for status in (400, 401, 403, 429, 500):
+                upstream.script(Step(status=status, body=('{"error":{"message":"%s","code":"x"}}' % text).encode(), scenario="ok"))
+                ask("c/gpt-4o-mini")
+        upstream.script(Step(frames=[b'data: {"error":{"message":"broke for %s"}}\n\n' % UPSTREAM_SECRET.encode()]))
+        answers.append(
+            client.post(
+                "/v1/chat/completions",
+                json={"model": "c/gpt-4o-mini", "stream": True, "messages": []},
+                headers={"authorization": f"Bearer {key}"},
+            )
+        )
+        answers.append(
+            client.post(
+                "/v1/chat/completions",
+                content=b'{"broken": "' + key.encode(),
+                headers={"authorization": f"Bearer {key}", "content-type": "application/json"},
+            )
+        )
+    return key, answers
+
+
+def pages(house: Sluice) -> list[str]:
+    """Every page that an operator reaches by following links, as HTML."""
+    seen: dict[str, str] = {}
+    with httpx.Client(base_url=house.url, timeout=20, follow_redirects=True) as client:
+        client.get("/accounts/login/")
+        answer = client.post(
+            "/accounts/login/",
+            data={"login": "admin@example.org", "password": PASSWORD, "csrfmiddlewaretoken": client.cookies["csrftoken"]},
+            headers={"referer": house.url},
+        )
+        assert answer.status_code == 200
+        assert 'type="password"' not in answer.text, "not signed in"
+        waiting = ["/", "/admin/", "/api/openapi.json"]
+        while waiting and len(seen) < 150:
+            path = waiting.pop(0)
+            if path in seen:
+                continue
+            answer = client.get(path)
+            if "html" in answer.headers.get("content-type", "") or "json" in answer.headers.get("content-type", ""):
+                seen[path] = answer.text
+                links = re.findall(r'href="(/[^"#]*)"', answer.text)
+                waiting += [link.replace("&amp;", "&") for link in links if "logout" not in link and not link.startswith("/static/")]
+    assert sum(path.startswith("/admin/providers/credential/") for path in seen) > 2, sorted(seen)
+    assert any(re.match(r"/keys/\d+", path) for path in seen), sorted(seen)
+    return list(seen.values())
+
+
+def everything_kept(folder: Path) -> dict[str, bytes]:
+    """The database as a dump, and every file but the two that are the keys themselves."""
+    kept = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in {"keyring", "secret_key"}}
+    with sqlite3.connect(folder / "sluice.sqlite3") as database:
+        kept["dump"] = "\n".join(database.iterdump()).encode()
+    return kept
+
+
+def test_s11_no_planted_secret_is_found_anywhere(house, upstream_server, upstream):
+    key, answers = planted(house, upstream)
+    house.usage()
+    html = pages(house)
+    house.stop()
+    secrets = [
+        key,
+        UPSTREAM_SECRET,
+        OTHER_SECRET,
+        CALLERS_SECRET,
+        PROMPT,
+        PASSWORD,
+        (house.data_dir / "keyring").read_text().strip(),
+        (house.data_dir / "secret_key").read_text().strip(),
+    ]
+    kept = everything_kept(house.data_dir)
+    log = house.log()
+    assert "DEBUG" in log, "the log is not as talkative as this test wants it"
+    assert len(answers) > 20
+
+    said_to_clients = [answer.text.replace(f"echo: {PROMPT}", "") + str(answer.headers) for answer in answers]
+    for secret in secrets:
+        assert secret not in log
+        for page in html:
+            assert secret not in page
+        for name, data in kept.items():
+            assert secret.encode() not in data, name
+        if secret != CALLERS_SECRET:
+            for said in said_to_clients:
+                assert secret not in said, said
