@@ -16,6 +16,7 @@ from ninja.security import SessionAuth
 from accounts.actions import Conflict
 from accounts.api import router as keys
 from accounts.models import User
+from proxy.api import router as usage
 
 
 class SignedIn(SessionAuth):
@@ -51,6 +52,7 @@ api = ManagementApi(
     parser=SafeParser(),
 )
 api.add_router("", keys)
+api.add_router("", usage)
 
 
 def _say(request: HttpRequest, status: int, code: str, message: str, fields: dict[str, list[str]] | None = None) -> HttpResponse:

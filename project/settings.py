@@ -6,6 +6,7 @@ import warnings
 
 import environ
 from django.core.exceptions import ImproperlyConfigured
+from django.templatetags.static import static
 from django.urls import reverse_lazy
 
 from project import env as _env
@@ -61,7 +62,7 @@ MIDDLEWARE = [
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "allauth.account.middleware.AccountMiddleware",
-    "csp.middleware.CSPMiddleware",
+    "project.content_policy.ContentPolicyMiddleware",
 ]
 
 ROOT_URLCONF = "project.urls"
@@ -138,7 +139,6 @@ WHITENOISE_USE_FINDERS = True
 warnings.filterwarnings("ignore", message="No directory at", category=UserWarning)
 
 CONTENT_SECURITY_POLICY = {
-    "EXCLUDE_URL_PREFIXES": ["/admin/", "/api/docs"],
     "DIRECTIVES": {
         "default-src": ["'none'"],
         "script-src": ["'self'"],
@@ -152,7 +152,34 @@ CONTENT_SECURITY_POLICY = {
     },
 }
 
-UNFOLD = {"SITE_TITLE": "Sluice", "SITE_HEADER": "Sluice", "SITE_URL": "/", "SHOW_HISTORY": True, "SHOW_VIEW_ON_SITE": False}
+UNFOLD = {
+    "SITE_TITLE": "Sluice",
+    "SITE_HEADER": "Sluice",
+    "SITE_SUBHEADER": "for operators",
+    "SITE_URL": "/",
+    "SITE_ICON": lambda request: static("sluice/icon.svg"),
+    "SITE_FAVICONS": [{"rel": "icon", "type": "image/svg+xml", "href": lambda request: static("sluice/icon.svg")}],
+    "SHOW_HISTORY": True,
+    "SHOW_VIEW_ON_SITE": False,
+    "BORDER_RADIUS": "8px",
+    "SIDEBAR": {"navigation": "project.operators.navigation"},
+    # The accent of the pages, from pale to deep.
+    "COLORS": {
+        "primary": {
+            "50": "oklch(97.5% 0.014 212)",
+            "100": "oklch(94.5% 0.028 212)",
+            "200": "oklch(89.5% 0.05 211)",
+            "300": "oklch(82.5% 0.08 210)",
+            "400": "oklch(73% 0.1 210)",
+            "500": "oklch(60% 0.1 214)",
+            "600": "oklch(49% 0.094 218)",
+            "700": "oklch(43% 0.08 220)",
+            "800": "oklch(37% 0.066 222)",
+            "900": "oklch(32% 0.054 224)",
+            "950": "oklch(24% 0.042 226)",
+        }
+    },
+}
 
 # Every handler formats through the redactor: a secret that reaches a message, its arguments or a traceback stays out.
 LOGGING = {

@@ -60,6 +60,11 @@ class Sums:
         return self.output + self.reasoning
 
     @property
+    def is_unpriced(self) -> bool:
+        """Nothing of what was used had a price: its cost is unknown, and not 0."""
+        return self.unpriced > 0 and self.cost == 0
+
+    @property
     def estimated_share(self) -> float:
         """Between 0 and 1."""
         return min(1.0, max(0.0, self.estimated / self.requests)) if self.requests > 0 else 0.0
@@ -187,7 +192,7 @@ def zone_of(organization: Organization) -> ZoneInfo:
 
 def totals_by_key(organization: Organization, key_ids: Collection[int], now: datetime) -> dict[int, KeyTotals]:
     """One query for all keys. A key that was not used is absent."""
-    day = _quarter(now - DAY)
+    day = quarter(now - DAY)
     recent = Q(slot__gte=day)
     rows = (
         _totals(organization, since=now - MONTH, key_ids=key_ids)
@@ -294,12 +299,12 @@ def recent_requests(
     return Page(page[:rows], Cursor(last.at, last.request_id) if last else None)
 
 
-def refused_calls(organization: Organization, key_id: int, *, since: datetime) -> list[Refused]:
+def refused_calls(organization: Organization, key_id: int, *, since: datetime, until: datetime | None = None) -> list[Refused]:
     """Why a key's calls were refused, the most frequent first. Counted by the hour in which `since` lies."""
     hour = since.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
     own = ApiKey.objects.filter(organization=organization, pk=key_id)
     rows = (
-        RefusedCalls.objects.filter(key_id__in=own.values("pk"), hour__gte=hour)
+        RefusedCalls.objects.filter(Q() if until is None else Q(hour__lt=until), key_id__in=own.values("pk"), hour__gte=hour)
         .values("status", "code")
         .annotate(total=Sum("count"), last_hour=Max("hour"))
         .order_by("-total", "code")
@@ -461,7 +466,7 @@ def _totals(
     user_id: int | None = None,
     key_ids: Collection[int] | None = None,
 ) -> QuerySet[UsageTotal]:
-    found = UsageTotal.objects.filter(organization_id=organization.pk, slot__gte=_quarter(since))
+    found = UsageTotal.objects.filter(organization_id=organization.pk, slot__gte=quarter(since))
     if until is not None:
         found = found.filter(slot__lt=until)
     if user_id is not None:
@@ -500,7 +505,8 @@ def _sums(row: Mapping[str, Any], prefix: str) -> Sums:
     return Sums(*(row[prefix + name] or 0 for name in SUMS))
 
 
-def _quarter(moment: datetime) -> datetime:
+def quarter(moment: datetime) -> datetime:
+    """The start of its quarter of an hour, in UTC."""
     utc = moment.astimezone(UTC)
     return utc.replace(minute=utc.minute // 15 * 15, second=0, microsecond=0)
 

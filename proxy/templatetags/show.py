@@ -59,7 +59,7 @@ def fine_usd(micro_dollars: int) -> str:
 @register.filter
 def cost(sums: Sums) -> str:
     """What the priced requests cost; `unpriced` when none of what was used had a price."""
-    return UNPRICED if sums.unpriced > 0 and sums.cost == 0 else usd(sums.cost)
+    return UNPRICED if sums.is_unpriced else usd(sums.cost)
 
 
 @register.filter

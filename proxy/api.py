@@ -1,0 +1,227 @@
+"""Usage over HTTP, for signed-in people: sums of an organization and of one key, and a key's log by cursor.
+
+A member sees what own keys used; owners, admins and viewers see everybody's. A foreign id and a missing one get the same
+answer. Costs are micro-dollars (1 USD = 1000000); a request without a price has no cost, which is not a cost of 0.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal
+
+from django.core.exceptions import ValidationError
+from django.http import HttpRequest
+from django.utils import timezone
+from ninja import Field, Query, Router, Schema
+
+from accounts import queries as accounts
+from accounts.models import Membership, Role, User
+from proxy import queries
+from proxy.models import UsageEvent
+from proxy.queries import SUMS, Cursor, Refused, Sums
+
+router = Router(tags=["usage"])
+
+LONGEST = timedelta(days=366)
+MOST_ROWS = 200
+
+Since = Annotated[datetime | None, Query(description="From this moment on; without a zone it is UTC. Default: 30 days before `until`.")]
+Until = Annotated[datetime | None, Query(description="Before this moment. Default: now. At most 366 days after `since`.")]
+KeyNumber = Annotated[int, Field(ge=1, lt=1 << 63)]
+
+
+class SumsOut(Schema):
+    """The parts of tokens do not overlap. `cost` is micro-dollars of the priced requests; `unpriced` requests are not in it."""
+
+    requests: int
+    errors: int
+    unpriced: int
+    estimated: int
+    fresh_input: int
+    cache_read: int
+    cache_write: int
+    output: int
+    reasoning: int
+    cost: int | None
+
+
+class GroupOut(SumsOut):
+    """`name` is a model, a key's number, or a day in the organization's time zone."""
+
+    name: str
+    provider: str | None
+
+
+class UsageOut(Schema):
+    """`truncated`: there are more groups than are listed; `total` has them all."""
+
+    since: datetime
+    until: datetime
+    time_zone: str
+    by: str
+    total: SumsOut
+    data: list[GroupOut]
+    truncated: bool
+
+
+class RefusedOut(Schema):
+    """`shadow`: a limit that only counts; the calls went through."""
+
+    status: int
+    code: str
+    count: int
+    last_hour: datetime
+    shadow: bool
+
+
+class KeyUsageOut(UsageOut):
+    refused: list[RefusedOut]
+
+
+class RequestOut(Schema):
+    """Tokens: `input` is the whole prompt with what came from a cache; `output` includes reasoning."""
+
+    request_id: str
+    at: datetime
+    model: str
+    served_model: str
+    provider: str
+    status: int
+    error: str
+    stream: bool
+    attempts: int
+    input_tokens: int
+    cached_tokens: int
+    cache_write_tokens: int
+    output_tokens: int
+    reasoning_tokens: int
+    cost: int | None
+    usage_source: str
+    first_byte_ms: int | None
+    duration_ms: int
+    corrects: str | None
+
+
+class RequestsOut(Schema):
+    """The newest first. `next` is the `before` of the following page; null on the last one."""
+
+    data: list[RequestOut]
+    next: str | None
+
+
+@router.get("/organizations/{slug:slug}/usage", response=UsageOut, summary="What an organization used")
+def organization_usage(
+    request: HttpRequest, slug: str, by: Literal["model", "key", "day"] = "day", since: Since = None, until: Until = None
+) -> dict[str, Any]:
+    place = _place(request, slug)
+    # The one person whose keys a member may look at; None = everybody's.
+    whose = place.user.pk if place.role == Role.MEMBER else None
+    return _usage(place, by, since, until, user_id=whose)
+
+
+@router.get("/organizations/{slug:slug}/keys/{int:key_id}/usage", response=KeyUsageOut, summary="What one key used, and why it was refused")
+def key_usage(
+    request: HttpRequest, slug: str, key_id: int, by: Literal["model", "day"] = "day", since: Since = None, until: Until = None
+) -> dict[str, Any]:
+    place = _place(request, slug)
+    key = accounts.key_of(place, key_id)
+    usage = _usage(place, by, since, until, key_ids=[key.pk])
+    refused = queries.refused_calls(place.organization, key.pk, since=usage["since"], until=usage["until"])
+    return {**usage, "refused": [_refused(one) for one in refused]}
+
+
+@router.get("/organizations/{slug:slug}/keys/{int:key_id}/requests", response=RequestsOut, summary="A key's requests, the newest first")
+def key_requests(
+    request: HttpRequest,
+    slug: str,
+    key_id: int,
+    since: Since = None,
+    before: Annotated[str | None, Query(max_length=100, description="`next` of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=MOST_ROWS)] = 50,
+) -> dict[str, Any]:
+    place = _place(request, slug)
+    key = accounts.key_of(place, key_id)
+    start, _ = _window(since, None)
+    page = queries.recent_requests(place.organization, key.pk, since=start, before=_cursor(before), rows=limit)
+    return {"data": [_shown(event) for event in page.rows], "next": str(page.older) if page.older else None}
+
+
+def _usage(place: Membership, by: str, since: datetime | None, until: datetime | None, **whose: Any) -> dict[str, Any]:
+    start, end = _window(since, until)
+    groups = queries.totals_by(place.organization, by, since=start, until=end, **whose)
+    return {
+        "since": start,
+        "until": end,
+        "time_zone": queries.zone_of(place.organization).key,
+        "by": by,
+        "total": _sums(queries.totals(place.organization, since=start, until=end, **whose)),
+        "data": [{"name": group.name, "provider": group.provider or None, **_sums(group.sums)} for group in groups],
+        "truncated": len(groups) == queries.MOST_GROUPS,
+    }
+
+
+def _window(since: datetime | None, until: datetime | None) -> tuple[datetime, datetime]:
+    """Whole quarters of an hour, as usage is summed. Raises ValidationError."""
+    try:
+        end = _in_utc(until) if until else timezone.now()
+        start = _in_utc(since) if since else end - queries.MONTH
+    except OverflowError:
+        raise ValidationError({"since": "This moment is out of range."}) from None
+    if start >= end:
+        raise ValidationError({"since": "`since` must lie before `until`."})
+    if end - start > LONGEST:
+        raise ValidationError({"since": f"At most {LONGEST.days} days lie between `since` and `until`."})
+    return queries.quarter(start), end
+
+
+def _in_utc(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
+
+
+def _cursor(text: str | None) -> Cursor | None:
+    if text is None:
+        return None
+    try:
+        return Cursor.parse(text)
+    except ValueError as problem:
+        raise ValidationError({"before": str(problem)}) from None
+
+
+def _sums(sums: Sums) -> dict[str, int | None]:
+    shown: dict[str, int | None] = {name: getattr(sums, name) for name in SUMS}
+    if sums.is_unpriced:
+        shown["cost"] = None
+    return shown
+
+
+def _refused(one: Refused) -> dict[str, Any]:
+    return {"status": one.status, "code": one.code, "count": one.count, "last_hour": one.last_hour, "shadow": one.shadow}
+
+
+def _shown(event: UsageEvent) -> dict[str, Any]:
+    return {
+        "request_id": str(event.request_id),
+        "at": event.at,
+        "model": event.model,
+        "served_model": event.served_model,
+        "provider": event.provider,
+        "status": event.status,
+        "error": event.error,
+        "stream": event.stream,
+        "attempts": event.attempts,
+        "input_tokens": event.input_tokens,
+        "cached_tokens": event.cache_read,
+        "cache_write_tokens": event.cache_write,
+        "output_tokens": event.output_tokens,
+        "reasoning_tokens": event.reasoning,
+        "cost": event.cost,
+        "usage_source": event.usage_source,
+        "first_byte_ms": event.first_byte_ms,
+        "duration_ms": event.duration_ms,
+        "corrects": str(event.corrects) if event.corrects else None,
+    }
+
+
+def _place(request: HttpRequest, slug: str) -> Membership:
+    assert isinstance(request.user, User), "the API lets nobody in who is not signed in"
+    return accounts.standing(request.user, slug)
