@@ -238,7 +238,8 @@ class SameShape(Reader):
     """A stream that already speaks OpenAI: events go back as they came, and only `usage` is read from them."""
 
     _HANDSHAKE = frozenset({"response.created", "response.queued", "response.in_progress"})
-    _LAST = frozenset({"response.completed", "response.incomplete", "response.failed"})
+    # What ends a stream of the APIs that send no [DONE].
+    _LAST = frozenset({"response.completed", "response.incomplete", "response.failed", "image_generation.completed", "speech.audio.done"})
 
     def __init__(self, *, drop_usage_event: bool, says_done: bool) -> None:
         self._drop_usage_event = drop_usage_event
@@ -285,6 +286,9 @@ class SameShape(Reader):
         try:
             seen = wire.decode_event(data)
         except (msgspec.DecodeError, RecursionError):
+            lines = data.split(b"\n")
+            if len(lines) > 1:  # some servers leave out the blank line between events (reference 0.4, rule 2)
+                return b"".join(filter(None, (self._look(b"data: " + line + b"\n\n") for line in lines if line.strip())))
             # One odd frame is skipped; three, or nothing else, are not a stream (reference 0.4, rule 6).
             self._bad_events += 1
             if self._bad_events >= 3:
@@ -310,9 +314,13 @@ class SameShape(Reader):
     def _not_data(self, one: bytes) -> bytes | None:
         """A comment goes on; a page or plain text where a stream was promised does not."""
         stripped = one.lstrip()
+        if one.startswith(b"\xef\xbb\xbf"):
+            return self._look(one[3:])
         if not stripped or stripped[:1] == b":" or stripped.startswith((b"event:", b"id:", b"retry:")):
             return one
         if not self.started:
+            if stripped.startswith(b'{"error"'):
+                raise self._said_error(stripped)
             raise UpstreamProtocol("The upstream answered with something that is not an event stream.")
         self._bad_events += 1
         return None
@@ -328,7 +336,7 @@ class SameShape(Reader):
 
 
 # A chunk that holds none of these passes unread.
-_MARKS = (b'"usage"', b'"error"', b"[DONE]", b'"response.')
+_MARKS = (b'"usage"', b'"error"', b"[DONE]", b'"response.', b"_generation.completed", b"audio.done")
 _REASON = re.compile(rb'"finish_reason"\s*:\s*"')
 
 

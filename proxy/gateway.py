@@ -208,12 +208,13 @@ class Gateway:
                     body = await upstream.error_body(response, clock)
                     raise translate.failure(target, response.status_code, response.headers, body)
                 outcome.first_byte = time.monotonic()
-                if ask.stream and ask.endpoint != "audio/speech":
+                if ask.stream:
                     reader = translate.reader(ask, target)
                     try:
                         await respond.stream(reply, upstream.chunks(response, clock), reader)
                     finally:
-                        outcome.tokens, outcome.output_estimate, outcome.complete = reader.tokens, reader.estimated_output(), reader.finished
+                        outcome.tokens, outcome.output_estimate = reader.tokens, reader.estimated_output()
+                        outcome.complete = reader.finished
                 else:
                     body = await upstream.whole_body(response, clock)
                     answer = translate.whole(ask, target, body, response.headers.get("content-type", ""))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from django.conf import settings
-from django.db import connection, models, transaction
+from django.db import connection, models
 from django.db.models import F, Q
 from django.db.models.signals import m2m_changed, post_delete, post_save
 from django.utils import timezone
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY_SECONDS = 2.0
 RELOAD_EVERY_SECONDS = 60.0
+MOST_READS = 5
 
 WATCHED: tuple[type[models.Model], ...] = (
     accounts.User,
@@ -75,22 +76,29 @@ def version() -> int:
 
 
 def load() -> Catalog:
-    """Everything the hot path reads, as of one moment. Raises DatabaseError."""
-    with _one_moment():
-        seen = version()  # first: rows newer than it only cause another load
-        catalog = Catalog(
-            version=seen,
-            peppers=tuple(settings.KEYRING.keys("pepper").values()),
-            principals=_principals(_live_keys()),
-            upstreams=tuple(_upstreams()),
-            aliases=tuple(
-                Alias(route.name, tuple(target.model for target in route.targets.all()), route.organization_id)
-                for route in Route.objects.prefetch_related("targets").order_by("pk")
-            ),
-            prices=price_book(),
-        )
+    """Everything the hot path reads, as of one moment. Raises DatabaseError.
+
+    Without a transaction, which on SQLite would keep writers out: when something changed meanwhile it is read again."""
+    for _ in range(MOST_READS):
+        catalog = _read()
+        if version() == catalog.version:
+            break
     redact.learn(upstream.secret.reveal() for upstream in catalog.upstreams)
     return catalog
+
+
+def _read() -> Catalog:
+    return Catalog(
+        version=version(),  # first: rows newer than it only cause another reading
+        peppers=tuple(settings.KEYRING.keys("pepper").values()),
+        principals=_principals(_live_keys()),
+        upstreams=tuple(_upstreams()),
+        aliases=tuple(
+            Alias(route.name, tuple(target.model for target in route.targets.all()), route.organization_id)
+            for route in Route.objects.prefetch_related("targets").order_by("pk")
+        ),
+        prices=price_book(),
+    )
 
 
 def load_key(digests: Sequence[bytes]) -> Principal | None:
@@ -101,10 +109,6 @@ def load_key(digests: Sequence[bytes]) -> Principal | None:
 
 def price_book() -> PriceBook:
     return PriceBook(row.in_memory() for row in providers.Price.objects.all())
-
-
-def _one_moment() -> transaction.Atomic:
-    return transaction.atomic()
 
 
 def _live_keys() -> models.QuerySet[accounts.ApiKey]:
@@ -119,9 +123,13 @@ def _live_keys() -> models.QuerySet[accounts.ApiKey]:
     ).select_related("organization")
 
 
-def _principals(keys: models.QuerySet[accounts.ApiKey]) -> dict[bytes, Principal]:
+def _principals(found: Iterable[accounts.ApiKey]) -> dict[bytes, Principal]:
+    keys = list(found)
+    if not keys:
+        return {}
+    # After the keys: a limit that was made together with its key cannot be missed.
     limits: dict[str, list[accounts.Limit]] = {}
-    for limit in accounts.Limit.objects.all():
+    for limit in accounts.Limit.objects.filter(organization__in={key.organization_id for key in keys}):
         limits.setdefault(limit.scope, []).append(limit)
     return {bytes(key.digest): _principal(key, limits) for key in keys}
 

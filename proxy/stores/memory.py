@@ -46,7 +46,8 @@ class MemoryLimits:
             if limit.metric == "concurrency":
                 self._leave(limit.scope)
             elif limit.metric == "tpm" and limit.amount:
-                self._arrival[(limit.scope, "tpm")] += (tokens - _token_cost(limit, hold)) * MINUTE / limit.amount
+                key = (limit.scope, "tpm")
+                self._arrival[key] = self._arrival.get(key, self._clock()) + (tokens - _token_cost(limit, hold)) * MINUTE / limit.amount
             elif limit.metric == "money":
                 self._add(self._held, limit, hold, -(hold.money or 0))
         for scope in hold.scopes:
