@@ -14,6 +14,7 @@ from django.db import transaction
 from django.http import HttpRequest
 from ninja import Field, Query, Router, Schema
 from ninja.errors import AuthorizationError
+from ninja.responses import Status
 from pydantic import ConfigDict
 
 from accounts import actions, policy, queries
@@ -118,7 +119,7 @@ class OrganizationOut(Schema):
 @router.get("/organizations", response=list[OrganizationOut], summary="The organizations that you belong to")
 def list_organizations(request: HttpRequest) -> list[dict[str, str]]:
     user = _caller(request)
-    roles = dict(user.memberships.values_list("organization", "role"))
+    roles = {} if user.is_superuser else dict(user.memberships.values_list("organization", "role"))
     return [
         {"slug": organization.slug, "name": organization.name, "role": roles.get(organization.pk, Role.OWNER)}
         for organization in queries.organizations_of(user)
@@ -140,7 +141,7 @@ def list_keys(
 
 
 @router.post("/organizations/{slug:slug}/keys", response={201: IssuedKey}, summary="Issue a key")
-def create_key(request: HttpRequest, slug: str, body: NewKey) -> tuple[int, dict[str, Any]]:
+def create_key(request: HttpRequest, slug: str, body: NewKey) -> Status[dict[str, Any]]:
     place = _changing(request, slug)
     holder = _holder(place, body.email)
     key, clear = actions.issue_key(
@@ -150,7 +151,7 @@ def create_key(request: HttpRequest, slug: str, body: NewKey) -> tuple[int, dict
         actor=place.user,
         **_asked(body, leave_out={"email", "team"}),
     )
-    return 201, {**_shown(key), "key": clear}
+    return Status(201, {**_shown(key), "key": clear})
 
 
 @router.get("/organizations/{slug:slug}/keys/{int:key_id}", response=KeyOut, summary="One key")
@@ -181,11 +182,11 @@ def revoke_key(request: HttpRequest, slug: str, key_id: int) -> dict[str, Any]:
 
 
 @router.post("/organizations/{slug:slug}/keys/{int:key_id}/rotate", response={201: IssuedKey}, summary="Replace a key by a sibling")
-def rotate_key(request: HttpRequest, slug: str, key_id: int, body: Rotation) -> tuple[int, dict[str, Any]]:
+def rotate_key(request: HttpRequest, slug: str, key_id: int, body: Rotation) -> Status[dict[str, Any]]:
     place = _changing(request, slug)
     key = queries.key_of(place, key_id)
     sibling, clear = actions.rotate_key(key, overlap=timedelta(hours=body.overlap_hours), actor=place.user)
-    return 201, {**_shown(sibling), "key": clear}
+    return Status(201, {**_shown(sibling), "key": clear})
 
 
 def _caller(request: HttpRequest) -> User:
