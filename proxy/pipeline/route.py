@@ -68,9 +68,11 @@ def _of_model(principal: Principal, model: str, catalog: Catalog) -> list[Candid
     if slash and upstream_id:
         # Lists go stale: an id that the pool does not list is passed on, unless the credential forbids it.
         pool = [one for one in catalog.pool(prefix, principal) if upstream_id in one.models or not one.listed_only]
-        listing = [one for one in pool if upstream_id in one.models]
+        if any(upstream_id in one.models for one in pool):
+            # Those that list other models stand back; one whose list is not known may have this one.
+            pool = [one for one in pool if upstream_id in one.models or not one.models]
         if pool:
-            return [(upstream, upstream_id) for upstream in listing or pool]
+            return [(upstream, upstream_id) for upstream in pool]
     return [
         (upstream, model)
         for prefix in catalog.prefixes_listing(model)

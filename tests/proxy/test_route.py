@@ -50,6 +50,11 @@ def test_of_a_pool_those_go_first_that_list_the_model():
     assert names(ALICE, "a/gpt", catalog) == ["1:a/gpt"]
 
 
+def test_an_account_whose_list_is_not_known_stands_beside_those_that_list_the_model():
+    catalog = Catalog(upstreams=(upstream(1, "a", "gpt"), upstream(2, "a"), upstream(3, "a", "other")))
+    assert sorted(names(ALICE, "a/gpt", catalog)) == ["1:a/gpt", "2:a/gpt"]
+
+
 def test_an_alias_goes_before_everything_and_keeps_its_order():
     catalog = Catalog(upstreams=(upstream(1, "a", "gpt"), upstream(2, "b", "big")), aliases=(Alias("gpt", ("b/big", "a/gpt")),))
     health = Health()

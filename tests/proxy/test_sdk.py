@@ -352,11 +352,16 @@ def test_models_are_listed_and_found_by_an_id_with_slashes(client: OpenAI) -> No
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
-def test_a_model_that_only_one_pool_lists_needs_no_prefix(client: OpenAI, accounts: Accounts) -> None:
-    answer = client.chat.completions.create(model="gpt-3.5-turbo", messages=HELLO)
+def test_a_model_that_some_pool_lists_needs_no_prefix(client: OpenAI, sluice: Sluice) -> None:
+    with OpenAIUpstream(models=["only-here", "gpt-4o"]) as other:
+        credential = sluice.add_openai(other, prefix="other")
+        sluice.manage("refresh_models", "--credential", str(credential))
+        sluice.wait_for("other")
+        answer = client.chat.completions.create(model="only-here", messages=HELLO)
 
     assert answer._request_id is not None
-    accounts.of(answer._request_id, model="gpt-3.5-turbo", served_model="sim/gpt-3.5-turbo")
+    row = sluice.row(answer._request_id)
+    assert (row["model"], row["served_model"], row["status"]) == ("only-here", "other/only-here", 200)
 
 
 # Around an answer

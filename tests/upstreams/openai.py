@@ -13,7 +13,7 @@ import math
 import re
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from email.utils import formatdate
 from typing import Any, ClassVar
 
@@ -153,6 +153,10 @@ class OpenAIUpstream(Simulator):
 
     base_path: ClassVar[str] = "/v1"
 
+    def __init__(self, *, models: Sequence[str] = MODELS, **options: Any) -> None:
+        super().__init__(**options)
+        self.models = models
+
     def error_frame(self) -> bytes:
         return sse({"error": {"message": "The server had an error in the middle.", "type": "server_error", "param": None, "code": None}})
 
@@ -177,7 +181,7 @@ class OpenAIUpstream(Simulator):
             raise Refused(404, f"Invalid URL ({seen.method} {seen.path})")
         if seen.method != "POST":
             raise Refused(405, f"Not allowed to {seen.method} on {seen.path}.", code="method_not_supported")
-        body = _checked(endpoint, call)
+        body = _checked(endpoint, call, self.models)
         seen.unknown_fields = {name: value for name, value in body.items() if name not in FIELDS[endpoint]}
         step = self.step_of(call)
         seen.scenario = step.scenario
@@ -210,7 +214,7 @@ class OpenAIUpstream(Simulator):
         ]
 
     async def _models(self, call: Call, wanted: str) -> None:
-        listed = [{"id": name, "object": "model", "created": CREATED, "owned_by": "sim"} for name in MODELS]
+        listed = [{"id": name, "object": "model", "created": CREATED, "owned_by": "sim"} for name in self.models]
         if not wanted:
             return await call.json(200, {"object": "list", "data": listed}, self._headers(call))
         found = next((model for model in listed if model["id"] == wanted), None)
@@ -409,7 +413,7 @@ def unit_vector(seed: str, size: int) -> list[float]:
 # What is checked
 
 
-def _checked(endpoint: str, call: Call) -> Json:
+def _checked(endpoint: str, call: Call, models: Sequence[str]) -> Json:
     kind = call.seen.headers.get("content-type", "").partition(";")[0]
     if kind != "application/json":
         raise Refused(400, f"Unsupported content type: '{kind}'.", code="unsupported_content_type")
@@ -425,7 +429,7 @@ def _checked(endpoint: str, call: Call) -> Json:
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise Refused(400, "you must provide a model parameter")
-    if model not in MODELS and not model.startswith("sim-"):
+    if model not in models and not model.startswith("sim-"):
         raise Refused(404, f"The model `{model}` does not exist or you do not have access to it.", code="model_not_found", param="model")
     required = {
         "chat/completions": ("messages",),
@@ -605,7 +609,8 @@ _TOKEN = re.compile(rb'"(?:content|reasoning_content|arguments|text|delta|audio)
 
 
 def _carries_text(frame: bytes) -> bool:
-    return _TOKEN.search(frame) is not None and b".done" not in frame and b'"usage":{' not in frame
+    # Of Responses' events only the deltas: others say the same text again.
+    return _TOKEN.search(frame) is not None and (b'"type":"response.' not in frame or b'.delta"' in frame)
 
 
 def _response_input(body: Json) -> str:
