@@ -37,7 +37,7 @@ from providers.price import Tokens
 from providers.secrets import SecretText, redact
 from providers.wire import Json
 
-USER_AGENT = "sluice/0.1 (+https://github.com/sluice-gateway/sluice)"
+USER_AGENT = "sluice/0.1"
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ def drawn() -> set[str]:
         names = re.split(r" {2,}", line.strip())[0].split(" ")
         inside = line.startswith(" ")
         if not inside:
-            folder = names[0] if names[0].endswith("/") else ""
+            folder = names[0]
         paths |= {(folder if inside else "") + name for name in names}
     return paths
 
