@@ -35,7 +35,7 @@ class Conflict(Exception):
     """The thing is no longer in the state that this needs: somebody else was faster."""
 
 
-def record(actor: User | None, organization: Organization | None, action: str, subject: str, **detail: Any) -> None:
+def record(actor: User | None, organization: Organization | None, action: str, subject: str, /, **detail: Any) -> None:
     """Say who did what, in the caller's transaction. `detail` is JSON and never holds a secret."""
     AuditEntry.objects.create(actor=actor, organization=organization, action=action, subject=subject[:200], detail=detail)
 

@@ -44,7 +44,7 @@ class Audited(ModelAdmin):
 
     def save_related(self, request: HttpRequest, form: Any, formsets: Any, change: bool) -> None:
         super().save_related(request, form, formsets, change)
-        detail = {field: _plain(form.cleaned_data.get(field)) for field in form.changed_data if "password" not in field}
+        detail = {field: _now(form, field) for field in form.changed_data if "password" not in field}
         if detail or not change:
             self.audit(request, form.instance, "changed" if change else "created", **detail)
 
@@ -487,9 +487,10 @@ def _complain(form: forms.BaseForm, check: Callable[[], object], *, everything: 
             form.add_error(name if name in form.fields else None, errors)
 
 
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, QuerySet | list | tuple):
+def _now(form: Any, field: str) -> Any:
+    """The field as it is stored now, fit for JSON."""
+    value = form.cleaned_data.get(field)
+    if isinstance(value, QuerySet):
         return [str(one) for one in value]
-    return str(value)
+    value = getattr(form.instance, field, value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -79,7 +79,7 @@ class Organization(models.Model):
 
         try:
             ZoneInfo(self.time_zone)
-        except (ValueError, OSError):
+        except (KeyError, ValueError, OSError):
             raise ValidationError({"time_zone": f"There is no time zone named '{self.time_zone}'."}) from None
 
 
