@@ -15,6 +15,19 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
+# What the standard library of some Python takes for public: protocol assignments, old relays, and for IPv6 whatever
+# lies outside the unicast space that has been handed out (2000::/3).
+_NOT_PUBLIC: dict[int, tuple[Network, ...]] = {
+    4: (ipaddress.ip_network("192.0.0.0/24"), ipaddress.ip_network("192.88.99.0/24")),
+    6: (
+        ipaddress.ip_network("::/3"),
+        ipaddress.ip_network("4000::/2"),
+        ipaddress.ip_network("8000::/1"),
+        ipaddress.ip_network("3fff::/20"),
+    ),
+}
+
+
 class EgressRefused(Exception):
     """The upstream lives where calls may not go. The message names the setting that would allow it."""
 
@@ -48,7 +61,7 @@ class Egress:
     def _may_reach(self, address: Address) -> bool:
         if any(address.version == network.version and address in network for network in self.allow):
             return True
-        return address.is_global and not address.is_multicast
+        return address.is_global and not address.is_multicast and not any(address in network for network in _NOT_PUBLIC[address.version])
 
 
 def _plain(address: Address) -> Address:

@@ -215,8 +215,9 @@ async def test_each_error_is_raised_as_the_sdk_knows_it(status: int):
 async def test_an_error_in_the_middle_of_a_stream_comes_after_words():
     words: list[str | None] = []
     with pytest.raises(APIError, match="went wrong"):
-        async for chunk in await client().chat.completions.create(model="error-stream-0", messages=says("a b c d"), stream=True):
-            words.append(chunk.choices[0].delta.content)
+        stream = await client().chat.completions.create(model="error-stream-0", messages=says("a b c d"), stream=True)
+        async for chunk in stream:
+            words += [chunk.choices[0].delta.content]
 
     assert words == ["", "a", " b"]
 
@@ -316,6 +317,7 @@ async def test_bad_input_is_refused_in_openais_shape(endpoint: str, body: object
     assert response.json()["error"]["param"] == param
 
 
+CHAT_FIELDS = ["messages", "tools", "tool_choice", "response_format", "max_tokens", "n", "stop", "stream", "stream_options"]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-10, 10) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -328,7 +330,7 @@ json_values = st.recursive(
     st.sampled_from(["echo-0", "tools-0", "json-0", "reasoning-0", "embeddings", "moderation"]),
     st.dictionaries(
         st.sampled_from(
-            "messages input prompt tools tool_choice response_format max_tokens n stop stream stream_options text dimensions query documents".split()
+            [*CHAT_FIELDS, "input", "prompt", "text", "dimensions", "query", "documents"],
         ),
         json_values,
     ),
