@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
 from django.contrib import admin, messages
@@ -155,6 +155,7 @@ class ReadOnly(ModelAdmin):
     show_facets = admin.ShowFacets.NEVER
     list_per_page = 50
     list_max_show_all = 0
+    list_fullwidth = True
     actions = None
     sortable_by = ()
     window: ClassVar[type[WindowFilter]]
@@ -186,10 +187,15 @@ def _name(model: type[Model], column: str, reference: str) -> Coalesce:
     return Coalesce(Subquery(model._default_manager.filter(pk=OuterRef(reference)).values(column)[:1]), Value(""), output_field=CharField())
 
 
+def _in_one_line(at: datetime, written: str) -> str:
+    """Signs at which a narrow column would break the line are replaced by their unbreakable twins."""
+    return at.astimezone(UTC).strftime(written).replace(" ", "\N{NO-BREAK SPACE}").replace("-", "\N{NON-BREAKING HYPHEN}")
+
+
 @admin.register(UsageEvent)
 class UsageEventAdmin(ReadOnly):
     window = WindowFilter
-    list_display = ("at", "whose", "model", "served_model", "shown_status", "tokens", "shown_cost", "usage_source", "took")
+    list_display = ("when", "whose", "models", "shown_status", "tokens", "shown_cost", "usage_source", "took")
     list_filter = (OutcomeFilter, "usage_source")
     lookups = frozenset({"key__id__exact", "organization__id__exact", "usage_source__exact"})
     ordering = ("-at", "-request_id")
@@ -226,6 +232,15 @@ class UsageEventAdmin(ReadOnly):
         except ValueError:
             messages.warning(request, "Search for the whole id of a request, as its x-request-id header gave it.")
             return queryset.none(), False
+
+    @display(description="at (UTC)")
+    def when(self, event: UsageEvent) -> str:
+        return _in_one_line(event.at, "%Y-%m-%d %H:%M:%S")
+
+    @display(description="model")
+    def models(self, event: UsageEvent) -> str:
+        other = event.served_model and event.served_model != event.model
+        return f"{event.model} → {event.served_model}" if other else event.model
 
     @display(description="organization · key")
     def whose(self, event: Any) -> str:
@@ -272,7 +287,7 @@ class UsageEventAdmin(ReadOnly):
 @admin.register(UsageTotal)
 class UsageTotalAdmin(ReadOnly):
     window = SlotFilter
-    list_display = ("slot", "whose", "provider", "model", "requests", "errors", "tokens", "shown_cost", "unpriced", "estimated")
+    list_display = ("when", "whose", "provider", "model", "requests", "errors", "tokens", "shown_cost", "unpriced", "estimated")
     lookups = frozenset({"key_id", "organization_id"})
     ordering = ("-slot", "-pk")
 
@@ -285,6 +300,10 @@ class UsageTotalAdmin(ReadOnly):
                 key_name=_name(ApiKey, "name", "key_id"),
             )
         )
+
+    @display(description="quarter from (UTC)")
+    def when(self, total: UsageTotal) -> str:
+        return _in_one_line(total.slot, "%Y-%m-%d %H:%M")
 
     @display(description="organization · key")
     def whose(self, total: Any) -> str:
@@ -302,12 +321,16 @@ class UsageTotalAdmin(ReadOnly):
 @admin.register(RefusedCalls)
 class RefusedCallsAdmin(ReadOnly):
     window = HourFilter
-    list_display = ("hour", "whose", "status", "reason", "count")
+    list_display = ("when", "whose", "status", "reason", "count")
     lookups = frozenset({"key_id"})
     ordering = ("-hour", "-pk")
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[RefusedCalls]:
         return super().get_queryset(request).annotate(key_name=_name(ApiKey, "name", "key_id"))
+
+    @display(description="hour from (UTC)")
+    def when(self, refused: RefusedCalls) -> str:
+        return _in_one_line(refused.hour, "%Y-%m-%d %H:%M")
 
     @display(description="key")
     def whose(self, refused: Any) -> str:

@@ -322,7 +322,10 @@ def limits_on(organization: Organization, key: ApiKey) -> list[Limit]:
     if key.team_id:
         scope |= Q(team=key.team_id)
     found = Limit.objects.filter(scope, organization=organization).select_related("user", "team")
-    return sorted(found, key=lambda limit: (not limit.key_id, not limit.user_id, not limit.team_id, limit.metric, limit.pk))
+    order = [Metric.MONEY, Metric.REQUESTS, Metric.TOKENS, Metric.CONCURRENCY]
+    return sorted(
+        found, key=lambda limit: (not limit.key_id, not limit.user_id, not limit.team_id, order.index(Metric(limit.metric)), limit.pk)
+    )
 
 
 def budgets(organization: Organization, limits: Iterable[Limit], now: datetime) -> list[Budget]:

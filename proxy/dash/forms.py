@@ -21,7 +21,7 @@ _MOST = 10**15
 class KeyForm(forms.Form):
     """A new key. What is left empty is not limited."""
 
-    name = forms.CharField(max_length=150, label="Name", help_text="What it is for, such as “ci” or “notebook”.")
+    name = forms.CharField(max_length=150, label="Name")
     email = forms.EmailField(max_length=254, label="Owner", help_text="A member of the organization; the key is theirs.")
     team = forms.ModelChoiceField(Team.objects.none(), required=False, label="Team", empty_label="No team")
     models = forms.CharField(
@@ -56,7 +56,7 @@ class KeyForm(forms.Form):
             del self.fields["email"]
             teams = Team.objects.filter(organization=place.organization, members__user=place.user)
         self.fields["team"].queryset = teams.order_by("name")  # type: ignore[attr-defined]
-        self.fields["name"].widget.attrs["autocomplete"] = "off"
+        self.fields["name"].widget.attrs.update(autocomplete="off", placeholder="What it is for, such as “ci” or “notebook”")
         self.fields["budget"].widget.attrs["inputmode"] = "decimal"
 
     @property

@@ -53,6 +53,8 @@ def usd(micro_dollars: int | None) -> str:
 def fine_usd(micro_dollars: int) -> str:
     """The cost of one request, in a column of such: four decimals, six where four would show nothing."""
     sign, amount = ("−" if micro_dollars < 0 else ""), Decimal(abs(micro_dollars)) / _MICRO
+    if not amount:
+        return "$0"
     return f"{sign}${amount:.6f}" if 0 < amount < Decimal("0.0001") else f"{sign}${amount:,.4f}"
 
 

@@ -62,7 +62,6 @@ function draw() {
       animation: false,
       maintainAspectRatio: false,
       interaction: { mode: "index", intersect: false },
-      font: { family: getComputedStyle(document.body).fontFamily },
       plugins: {
         legend: { display: false },
         tooltip: {
@@ -114,9 +113,7 @@ function draw() {
     }),
   );
   for (const button of document.querySelectorAll("[data-chart]")) {
-    const pressed = button.dataset.chart === shown;
-    button.setAttribute("aria-pressed", String(pressed));
-    button.classList.toggle("btn-active", pressed);
+    button.setAttribute("aria-pressed", String(button.dataset.chart === shown));
   }
   canvas.dataset.drawn = shown;
 }
