@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
 import pytest
 
 from project.env import REPOSITORY
+from providers.adapter import Adapter
+from tests.providers.test_every_adapter import CHECKS, FIXTURES, Recorded
 from tests.serving import Sluice
 from tests.upstreams.openai import OpenAIUpstream
 
@@ -75,6 +79,28 @@ def chat(sluice: Sluice, key: str, model: str, text: str, **more: object) -> htt
 
 def events_of(answer: httpx.Response) -> list[Any]:
     return [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+
+
+def sample(name: str, tmp_path: Path) -> Adapter:
+    """The adapter of one sample, without a server around it."""
+    file = tmp_path / f"sluice_{name}.py"
+    file.write_text(SAMPLES[file.name])
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    adapter = getattr(module, name.capitalize())()
+    assert isinstance(adapter, Adapter)
+    return adapter
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_samples_do_what_every_adapter_must(check: Callable[[Recorded], None], tmp_path: Path) -> None:
+    acme = FIXTURES / "openai"
+    check(Recorded(sample("acme", tmp_path), (acme / "hello.stream").read_bytes(), (acme / "hello.whole").read_bytes()))
+    [words] = re.findall(r"<!-- recording -->\n```[a-z ]+\n(.*?)```", PAGE, re.DOTALL)
+    check(Recorded(sample("parrot", tmp_path), words.encode(), words.encode()))
 
 
 def test_the_page_has_both_samples() -> None:
