@@ -46,6 +46,7 @@ class Incoming:
     receive: Receive
     callers_key: str = ""  # `X-Upstream-Key`
     seed_errors: bool = False  # `X-Error-Format: seed`
+    body_read: bool = False
 
     @property
     def at(self) -> float:

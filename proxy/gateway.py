@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import httpx
@@ -31,7 +32,7 @@ from proxy.pipeline import respond, translate, upstream
 from proxy.pipeline.admit import admit
 from proxy.pipeline.authenticate import Loader, authenticate
 from proxy.pipeline.meter import meter
-from proxy.pipeline.respond import Reply
+from proxy.pipeline.respond import Reply, Wait
 from proxy.pipeline.route import route, visible_models
 from proxy.refusals import Refusals
 from proxy.stores.health import Health
@@ -40,6 +41,8 @@ from proxy.stores.limits import LimitStore
 log = logging.getLogger(__name__)
 
 MOST_ATTEMPTS = 3
+MOST_DISCARDED_BYTES = 1 << 20
+DISCARD_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,7 @@ class Gateway:
             return None
         except ApiError as problem:
             self.refusals.count(principal, problem.status, problem.code or problem.type)
-            return await reply.error(problem)
+            return await reply.error(problem, before_closing=unread_body(incoming))
         except Exception:
             log.exception("Request %s failed before it was admitted", incoming.id)
             return await reply.error(GatewayBug("The gateway failed."))
@@ -278,7 +281,31 @@ async def read_body(incoming: Incoming, limit_bytes: int) -> bytes:
             raise too_large
         parts.append(part)
         if not message.get("more_body"):
+            incoming.body_read = True
             return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def unread_body(incoming: Incoming) -> Wait | None:
+    """What to do about a body that nobody will read. None: it is small, and the server may take it to keep the connection.
+
+    A large one must not be taken, and the connection be closed. Closing at once would reset it, and the client, still
+    sending, might lose the answer: so a little is taken first."""
+    announced = incoming.headers.get(b"content-length", b"")
+    small = announced.isdigit() and int(announced) <= MOST_DISCARDED_BYTES
+    if incoming.body_read or small or not (announced or b"transfer-encoding" in incoming.headers):
+        return None
+
+    async def take_a_little() -> None:
+        size = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_SECONDS):
+                while size < MOST_DISCARDED_BYTES:
+                    message = await incoming.receive()
+                    if message["type"] == "http.disconnect" or not message.get("more_body"):
+                        return
+                    size += len(message.get("body", b""))
+
+    return take_a_little
 
 
 async def watch(receive: Receive, reply: Reply, outcome: Outcome, task: asyncio.Task[None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from providers.adapter import Reader
 from providers.wire import ApiError, Json, encode_json, event
@@ -16,6 +16,7 @@ HEARTBEAT = b": keep-alive\n\n"
 MOST_HELD_BYTES = 256 << 10
 
 Headers = list[tuple[bytes, bytes]]
+Wait = Callable[[], Awaitable[None]]
 
 
 class Reply:
@@ -32,18 +33,32 @@ class Reply:
         self._heartbeat: asyncio.TimerHandle | None = None
         self._beat_task: asyncio.Task[None] | None = None
 
-    async def whole(self, status: int, body: bytes, content_type: str = "application/json", headers: Headers | None = None) -> None:
+    async def whole(
+        self,
+        status: int,
+        body: bytes,
+        content_type: str = "application/json",
+        headers: Headers | None = None,
+        *,
+        before_closing: Wait | None = None,
+    ) -> None:
+        """A whole answer. With `before_closing` the connection is closed after it, once that has been awaited."""
         self.quiet()
         head = [(b"content-type", content_type.encode("latin-1", "replace")), (b"content-length", str(len(body)).encode())]
+        if before_closing is not None:
+            head.append((b"connection", b"close"))
         self.started = self.content_sent = True
         await self._send({"type": "http.response.start", "status": status, "headers": head + self._headers + (headers or [])})
-        await self._send({"type": "http.response.body", "body": body})
+        await self._send({"type": "http.response.body", "body": body, "more_body": before_closing is not None})
+        if before_closing is not None:
+            await before_closing()
+            await self._send({"type": "http.response.body", "body": b""})
         self.finished = True
 
     async def json(self, value: object) -> None:
         await self.whole(200, encode_json(value))
 
-    async def error(self, problem: ApiError) -> None:
+    async def error(self, problem: ApiError, *, before_closing: Wait | None = None) -> None:
         """An error object; inside a stream that has begun it is the last event, and no [DONE] follows."""
         self.quiet()
         if self.finished:
@@ -53,7 +68,7 @@ class Reply:
             self.finished = True
             return
         body: Json = {"error": problem.code or problem.type, "message": problem.message} if self._seed_errors else problem.body()
-        await self.whole(problem.status, encode_json(body), headers=_error_headers(problem))
+        await self.whole(problem.status, encode_json(body), headers=_error_headers(problem), before_closing=before_closing)
 
     async def events(self, data: bytes) -> None:
         """Whole events of a stream; the status line goes out with the first."""
