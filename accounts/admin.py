@@ -245,7 +245,7 @@ class KeyForm(forms.ModelForm):
 class RotationForm(forms.Form):
     overlap_hours = forms.FloatField(
         label="Hours for which the old key goes on working",
-        initial=actions.OVERLAP / timedelta(hours=1),
+        initial=actions.OVERLAP // timedelta(hours=1),
         min_value=0,
         max_value=actions.LONGEST_OVERLAP / timedelta(hours=1),
         help_text="0 stops it at once; at most 30 days.",
