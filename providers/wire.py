@@ -269,6 +269,7 @@ def decode_event(data: bytes) -> Event:
         error = value.get("error") if isinstance(value, dict) else None
         return Event(error=error, choices=[Choice(text="?")])
 
+
 DONE = b"data: [DONE]\n\n"
 
 
