@@ -1,7 +1,8 @@
 """The operators' admin of upstream accounts, the models they list, and prices.
 
 A secret goes in and never comes out: its field is always empty, and empty means that the one in place is kept. All
-writing is done by `actions`; a form only asks them first whether they would refuse.
+writing is done by `actions`; a form only asks them first whether they would refuse. Who may open it is said once, by
+the site itself: operators alone.
 """
 
 from __future__ import annotations
@@ -27,34 +28,13 @@ from providers.models import Credential, Price, State, UpstreamModel
 MICRO = 1_000_000
 
 
-class OperatorsOnly(ModelAdmin):
-    """Upstream accounts are the whole deployment's: no right that could be handed out opens them."""
-
-    def has_module_permission(self, request: HttpRequest) -> bool:
-        return _is_operator(request)
-
-    def has_view_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
-        return _is_operator(request)
-
-    def has_add_permission(self, request: HttpRequest) -> bool:
-        return _is_operator(request)
-
-    def has_change_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
-        return _is_operator(request)
-
-    def has_delete_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
-        return _is_operator(request)
-
-
-def _is_operator(request: HttpRequest) -> bool:
-    return request.user.is_active and bool(getattr(request.user, "is_superuser", False))
-
-
 # Upstream accounts
 
 
 class CredentialForm(forms.ModelForm):
-    secret = forms.CharField(
+    # Not named like the column: that one is written by `actions` alone.
+    new_secret = forms.CharField(
+        label="Secret",
         required=False,
         max_length=1 << 20,
         widget=UnfoldAdminPasswordWidget(attrs={"autocomplete": "new-password"}, render_value=False),
@@ -88,8 +68,8 @@ class CredentialForm(forms.ModelForm):
         self._ask(lambda: given.base_url(adapter, cleaned.get("base_url") or ""))
         self._ask(lambda: given.settings(adapter, cleaned.get("settings") or {}))
         self._ask(lambda: given.weight(cleaned.get("weight") or 0))
-        if cleaned.get("secret") or not self.instance.pk:
-            self._ask(lambda: given.secret(adapter, cleaned.get("secret") or ""))
+        if cleaned.get("new_secret") or not self.instance.pk:
+            self._ask(lambda: given.secret(adapter, cleaned.get("new_secret") or ""))
         elif adapter.needs_secret and not self.instance.secret and cleaned.get("state") == State.ACTIVE:
             self.add_error("state", "It has no secret: give one first.")
         if not self.instance.pk:
@@ -101,12 +81,13 @@ class CredentialForm(forms.ModelForm):
             rule()
         except ValidationError as problem:
             for field, words in problem.message_dict.items():
+                field = "new_secret" if field == "secret" else field
                 if field not in self.errors:
                     self.add_error(field if field in self.fields else None, words)
 
 
 @admin.register(Credential)
-class CredentialAdmin(OperatorsOnly):
+class CredentialAdmin(ModelAdmin):
     form = CredentialForm
     list_display = ("label", "kind", "prefix", "owner", "state_label", "weight", "priority", "listed", "problem")
     list_filter = ("state", "kind", "organization")
@@ -123,7 +104,7 @@ class CredentialAdmin(OperatorsOnly):
         return super().get_queryset(request).annotate(models_listed=Count("models"))
 
     def get_fieldsets(self, request: HttpRequest, obj: Credential | None = None) -> Any:
-        account = ("label", "base_url", "secret") if obj else ("kind", "label", "base_url", "secret", "accept_policy")
+        account = ("label", "base_url", "new_secret") if obj else ("kind", "label", "base_url", "new_secret", "accept_policy")
         use = ("prefix", "organization", "user", "weight", "priority")
         fieldsets = [
             (None, {"fields": ("kind_label", *account) if obj else account}),
@@ -168,7 +149,7 @@ class CredentialAdmin(OperatorsOnly):
             made = actions.add_credential(
                 said["kind"],
                 said["label"],
-                said["secret"],
+                said["new_secret"],
                 prefix=said["prefix"],
                 base_url=said["base_url"],
                 settings=said["settings"] or {},
@@ -186,9 +167,9 @@ class CredentialAdmin(OperatorsOnly):
         changes = {
             names.get(name, name): said[name].pk if name in names and said[name] is not None else said[name]
             for name in form.changed_data
-            if name not in ("secret", "accept_policy")
+            if name not in ("new_secret", "accept_policy")
         }
-        for note in actions.change_credential(obj, secret=said["secret"], actor=_actor(request), **changes):
+        for note in actions.change_credential(obj, secret=said["new_secret"], actor=_actor(request), **changes):
             self.message_user(request, note, messages.WARNING)
 
     def delete_model(self, request: HttpRequest, obj: Credential) -> None:
@@ -243,7 +224,7 @@ def _actor(request: HttpRequest) -> Model:
 
 
 @admin.register(UpstreamModel)
-class UpstreamModelAdmin(OperatorsOnly):
+class UpstreamModelAdmin(ModelAdmin):
     """What upstreams say they have. Only they can change it."""
 
     list_display = ("public_id", "credential", "seen_at")
@@ -300,7 +281,7 @@ class PriceForm(forms.ModelForm):
 
 
 @admin.register(Price)
-class PriceAdmin(OperatorsOnly):
+class PriceAdmin(ModelAdmin):
     """A price never changes: a new one is a new row. One that has not begun may still be taken back."""
 
     list_display = ("pattern", "starts_at", "input_usd", "output_usd", "cached_usd", "cache_write_usd", "long_usd", "source")
@@ -311,7 +292,7 @@ class PriceAdmin(OperatorsOnly):
     show_full_result_count = False
 
     def get_form(self, request: HttpRequest, obj: Price | None = None, change: bool = False, **kwargs: Any) -> Any:
-        return super().get_form(request, obj, change=change, **kwargs) if obj else PriceForm
+        return super().get_form(request, obj, change=change, **kwargs if obj else {**kwargs, "form": PriceForm})
 
     def get_fields(self, request: HttpRequest, obj: Price | None = None) -> tuple[str, ...]:
         amounts = ("input_usd", "output_usd", "cached_usd", "cache_write_usd")

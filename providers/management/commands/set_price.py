@@ -29,7 +29,7 @@ class Command(BaseCommand):
             )
         except ValidationError as problem:
             raise CommandError(" ".join(problem.messages)) from None
-        self.stdout.write(f"{price.pattern} from {price.starts_at.isoformat(timespec='seconds')}")
+        self.stdout.write(f"{price.pattern} from {price.starts_at.astimezone(UTC).isoformat(timespec='seconds')}")
 
 
 def _moment(text: str | None) -> datetime | None:
