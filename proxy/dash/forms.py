@@ -50,7 +50,8 @@ class KeyForm(forms.Form):
         super().__init__(*args, **kwargs)
         self.place = place
         if place.manages:
-            self.fields["email"].initial = place.user.email
+            # An operator who is no member holds no key there: whose it is has to be said.
+            self.fields["email"].initial = place.user.email if place.pk else ""
             teams = Team.objects.filter(organization=place.organization)
         else:
             del self.fields["email"]

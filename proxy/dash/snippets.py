@@ -32,7 +32,7 @@ def snippets(public_url: str, model: str, key: str | None = None) -> list[Snippe
     python_key = f'"{key}"' if key else f'os.environ["{VARIABLE}"]'
     node_key = f'"{key}"' if key else f"process.env.{VARIABLE}"
     shell_key = key or f"${VARIABLE}"
-    curl = f"""curl {base}/chat/completions \\
+    curl = f"""curl -N {base}/chat/completions \\
   -H "Authorization: Bearer {shell_key}" \\
   -H "Content-Type: application/json" \\
   -d '{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}'"""

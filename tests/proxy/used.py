@@ -1,0 +1,52 @@
+"""Usage that the pages show, stored as the ledger stores it: rows and their sums together."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from datetime import datetime, timedelta
+from typing import Any
+
+from django.utils import timezone
+
+from accounts.models import ApiKey
+from proxy import ledger
+
+_RANDOM = random.Random(3)
+
+
+def used(key: ApiKey, at: datetime | None = None, **fields: Any) -> uuid.UUID:
+    """One request of this key, a minute ago unless given. Its id."""
+    at = at or timezone.now() - timedelta(minutes=1)
+    at = at.replace(microsecond=at.microsecond // 1000 * 1000)
+    row = {
+        "request_id": uuid.UUID(int=int(at.timestamp() * 1000) << 80 | 0x7 << 76 | 0x2 << 62 | _RANDOM.getrandbits(61)),
+        "at": at,
+        "organization_id": key.organization_id,
+        "team_id": key.team_id,
+        "user_id": key.user_id,
+        "key_id": key.pk,
+        "credential_id": None,
+        "endpoint": "chat/completions",
+        "model": "fast",
+        "served_model": "openai/gpt-x",
+        "provider": "openai",
+        "status": 200,
+        "error": "",
+        "stream": True,
+        "attempts": 1,
+        "fresh_input": 100,
+        "cache_read": 20,
+        "cache_write": 3,
+        "output": 40,
+        "reasoning": 7,
+        "cost": 1500,
+        "price_id": None,
+        "usage_source": "reported",
+        "first_byte_ms": 80,
+        "duration_ms": 900,
+        "corrects": None,
+    }
+    row |= fields
+    assert ledger.store([row]) == 1
+    return row["request_id"]
