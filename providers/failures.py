@@ -6,9 +6,10 @@ UpstreamFailure                 what the client sees                another cred
 │   │   └── UsageOptionRefused  400                                 the same one again, without the option we added
 │   ├── ContextLength           400 context_length_exceeded
 │   ├── ContentFiltered         400 content_policy_violation
-│   └── ModelGone               404 model_not_found
+│   ├── ModelGone               404 model_not_found
+│   └── CallersKeyRefused       401 invalid_api_key                 (the key came in X-Upstream-Key)
 ├── UpstreamFailed              about the account or the upstream   yes, until content has gone to the client
-│   ├── CredentialRefused       502 upstream_auth_failed            (401 when the caller brought the key)
+│   ├── CredentialRefused       502 upstream_auth_failed
 │   ├── ForbiddenAtUpstream     403
 │   ├── OutOfCredit             402 or 429 insufficient_quota
 │   ├── RateLimited             429 rate_limit_exceeded
