@@ -37,7 +37,7 @@ def test_the_drawing_names_every_error_with_its_status(module: ModuleType) -> No
         assert member.__name__ in lines, f"{member.__name__} is not drawn"
         said = lines[member.__name__]
         if statuses := re.findall(r"\b[45]\d\d\b", said):
-            assert str(member.status) in statuses, f"{member.__name__} is {member.status}, drawn: {said}"
+            assert str(made(member).status) in statuses, f"{member.__name__} is {made(member).status}, drawn: {said}"
     assert set(lines) - {"ApiError"} <= {name for name in dir(errors) + dir(failures) if name[0].isupper()}
 
 
