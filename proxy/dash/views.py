@@ -265,7 +265,8 @@ def _chosen_place(request: HttpRequest) -> Membership | None:
     viewer = _viewer(request)
     if "organization" in request.GET:
         place = accounts.standing(viewer, request.GET["organization"])
-        request.session["organization"] = place.organization.slug
+        if request.session.get("organization") != place.organization.slug:
+            request.session["organization"] = place.organization.slug
         return place
     mine = accounts.organizations_of(viewer)
     chosen = mine.filter(slug=request.session.get("organization", "")).first() or mine.first()
@@ -275,7 +276,7 @@ def _chosen_place(request: HttpRequest) -> Membership | None:
 def _key(request: HttpRequest, key_id: int) -> tuple[Membership, ApiKey]:
     """A key by its number, in whichever of the viewer's organizations it is. Raises Http404."""
     viewer = _viewer(request)
-    organization: Organization = get_object_or_404(accounts.organizations_of(viewer).filter(keys=key_id))
+    organization: Organization = get_object_or_404(accounts.organizations_of(viewer).filter(keys__pk=key_id))
     place = accounts.membership(viewer, organization)
     if place is None:
         raise Http404("There is no such key.")
