@@ -13,9 +13,15 @@ from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
 from tests.serving import Sluice, running
 from tests.upstreams.openai import OpenAIUpstream
+
+# Nothing is asserted about speed: a busy machine is no reason for a property to fail.
+hypothesis_settings.register_profile("sluice", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("sluice")
 
 POSTGRES_ADDRESS = ("127.0.0.1", 5432)
 POSTGRES_URL = "postgres://postgres@127.0.0.1:5432"
