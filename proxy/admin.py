@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
+from django import forms
 from django.contrib import admin, messages
+from django.core.exceptions import ValidationError
 from django.db.models import CharField, Model, OuterRef, QuerySet, Subquery, Value
 from django.db.models.functions import Coalesce
 from django.forms.models import BaseInlineFormSet
@@ -38,14 +40,25 @@ _DEFAULT_WINDOW = "24h"
 # Aliases
 
 
+class RouteForm(forms.ModelForm):
+    def clean(self) -> dict[str, Any]:
+        cleaned = super().clean() or self.cleaned_data
+        same = Route.objects.filter(name=cleaned.get("name"), organization=cleaned.get("organization")).exclude(pk=self.instance.pk)
+        if same.exists():
+            self.add_error("name", "There is already an alias of this name.")
+        return cleaned
+
+
 class Targets(BaseInlineFormSet):
     def clean(self) -> None:
         super().clean()
         names = [
             form.cleaned_data["model"] for form in self.forms if form.cleaned_data.get("model") and not form.cleaned_data.get("DELETE")
         ]
+        if not names:
+            raise ValidationError("An alias leads to at least one model.")
         if self.instance.name in names:
-            self._non_form_errors.append("An alias cannot lead to itself.")  # type: ignore[attr-defined]
+            raise ValidationError("An alias cannot lead to itself.")
 
 
 class RouteTargetInline(TabularInline):
@@ -54,12 +67,12 @@ class RouteTargetInline(TabularInline):
     fields = ("position", "model")
     extra = 1
     min_num = 1
-    validate_min = True
 
 
 @admin.register(Route)
 class RouteAdmin(Audited):
     audit_name = "alias"
+    form = RouteForm
     fields = ("name", "organization")
     inlines = (RouteTargetInline,)
     list_display = ("name", "leads_to", "for_whom")
@@ -170,7 +183,7 @@ class ReadOnly(ModelAdmin):
         return [self.window, *self.list_filter]
 
     def lookup_allowed(self, lookup: str, value: str, request: HttpRequest | None = None) -> bool:
-        return lookup in self.lookups
+        return lookup in self.lookups or lookup in {WindowFilter.parameter_name, OutcomeFilter.parameter_name}
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
