@@ -194,7 +194,6 @@ def reseal_all() -> Iterator[Resealed]:
 
 
 def _seal(credential: Credential, secret: str) -> None:
-    redact.learn_more([secret])
     credential.secret = seal(secret, credential.place(), django_settings.KEYRING.keys("seal"))
     credential.save(update_fields=["secret"])
 

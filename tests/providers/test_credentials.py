@@ -63,14 +63,25 @@ def test_a_secret_is_sealed_to_its_row_and_opens_there_alone():
         secret_of(first)
 
 
-def test_it_serves_at_once_and_its_secret_is_known_to_the_redactor():
+def test_it_serves_at_once_with_what_was_said():
     credential = openai(weight=3, priority=-1, settings={"pass_through": "yes", "listed_only": "0"})
     [upstream] = snapshot.load().upstreams
 
     assert (upstream.id, upstream.prefix, upstream.base_url) == (credential.pk, "openai", "https://llm.example.org/v1")
     assert (upstream.weight, upstream.priority, upstream.pass_through, upstream.listed_only) == (3, -1, True, False)
     assert upstream.secret.reveal() == SECRET
-    assert redact(f"x{SECRET}x") == "x[redacted]x"
+
+
+def test_whoever_gives_or_opens_a_secret_teaches_the_redactor():
+    credential = add_credential("openai", "Team", "a plain sentence", base_url="https://llm.example.org")
+    assert redact("(a plain sentence)") == "([redacted])"
+
+    redact.learn([])
+    secret_of(credential)
+    assert redact("(a plain sentence)") == "([redacted])"
+
+    change_credential(credential, secret="quite another one")
+    assert redact("(quite another one)") == "([redacted])"
 
 
 def test_the_demo_lists_its_models_without_a_call_and_they_cost_nothing():
@@ -92,6 +103,15 @@ def test_a_free_kind_is_priced_once_and_never_over_a_price_that_is_there():
     actions.set_price("own/*", "1", "1")
     add_credential("demo", "Three", "", prefix="own")
     assert [row.input for row in Price.objects.filter(pattern="own/*")] == [1_000_000]
+
+
+def test_a_free_pool_does_not_make_a_vendors_models_free():
+    add_credential("demo", "Demo", "", prefix="openai")
+    add_credential("openai", "Vendor", SECRET)
+    book = snapshot.price_book()
+
+    assert book.find("openai/echo", 9e9).output == 0
+    assert book.find("openai/gpt-4o", 9e9).output == 10_000_000
 
 
 def test_a_price_by_hand_goes_before_the_free_one():

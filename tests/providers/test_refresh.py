@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import httpx
 import pytest
-from django.db import connection
+from django.db import connections
 from django.utils import timezone
 
 from providers import actions, listing, tasks
@@ -31,13 +31,14 @@ class World:
     def __init__(self) -> None:
         self.asked: list[httpx.Request] = []
         self.answer: Callable[[httpx.Request], httpx.Response] = lambda request: listing_of("a", "b")
+        # Looked at from inside a loop, `connection` would be another one.
+        self._database = connections["default"]
+        self._depth = len(self._database.savepoint_ids)
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
-        assert not connection.in_atomic_block or len(connection.savepoint_ids) == self.depth, "a transaction is open during the call"
+        assert len(self._database.savepoint_ids) == self._depth, "a transaction is open during the call"
         self.asked.append(request)
         return self.answer(request)
-
-    depth = 0
 
 
 def listing_of(*names: str) -> httpx.Response:
@@ -47,7 +48,6 @@ def listing_of(*names: str) -> httpx.Response:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     world = World()
-    world.depth = len(connection.savepoint_ids)
     monkeypatch.setattr(listing, "transport_over", lambda egress: httpx.MockTransport(world))
     return world
 

@@ -205,7 +205,7 @@ def test_two_bad_events_are_skipped_and_three_are_not_a_stream():
 
     _, out = read([bad, bad, chunk("a"), chunk(finish="stop"), wire.DONE])
     assert out == chunk("a") + chunk(finish="stop") + wire.DONE
-    assert isinstance(fails([bad, bad, bad])[0], UpstreamProtocol)
+    assert isinstance(fails([bad, bad, bad, chunk("a"), chunk(finish="stop"), wire.DONE])[0], UpstreamProtocol)
     assert isinstance(fails([chunk("a"), bad + wire.event({"usage": None}), bad + USAGE, bad + USAGE])[0], UpstreamBroke)
 
 

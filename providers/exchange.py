@@ -1,0 +1,120 @@
+"""One HTTP exchange as values: where it goes, what goes out, and what comes back.
+
+Adapters make an `Outgoing`; a `Transport` sends it and gives an `Answer`. Whatever happens below speaks httpx's
+exceptions, so that a transport of httpx's and our own fail in the same words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import httpx
+
+from providers.failures import UpstreamUnreachable
+
+Origin = tuple[str, str, int]  # scheme, host, port
+
+_PORTS = {"http": 80, "https": 443}
+# One parser for the check and for the call. It takes no user name, no escapes, no zones and nothing beyond ASCII:
+# what could mean two things to two readers is no address here.
+_ADDRESS = re.compile(r"(https?)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?(/[\x21-\x7e]*)?", re.IGNORECASE)
+
+
+class Place(NamedTuple):
+    """Where a connection leads and who may share it: connections are kept by this, and never lent to another."""
+
+    origin: Origin
+    credential_id: int = 0
+    ca_pem: str = ""  # trusted besides the system's own authorities
+    proxy_url: str = ""
+
+    @property
+    def host_header(self) -> str:
+        scheme, host, port = self.origin
+        name = f"[{host}]" if ":" in host else host
+        return name if port == _PORTS[scheme] else f"{name}:{port}"
+
+
+@lru_cache(maxsize=4096)
+def place_of(url: str, credential_id: int = 0, ca_pem: str = "", proxy_url: str = "") -> tuple[Place, str]:
+    """The place that a URL leads to, and its path. Raises UpstreamUnreachable for what is no plain address."""
+    found = _ADDRESS.fullmatch(url)
+    port = int(found[3] or _PORTS[found[1].lower()]) if found else 0
+    if found is None or not 0 < port < 65536 or re.search(r"[\\?#]", found[4] or ""):
+        raise UpstreamUnreachable("The upstream's address cannot be used: it is not an address such as https://llm.example.org/v1.")
+    return Place((found[1].lower(), found[2].strip("[]").lower(), port), credential_id, ca_pem, proxy_url), found[4] or ""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Outgoing:
+    """A request as it leaves. `headers` are all that an adapter wants said; Host, length and the like are the transport's."""
+
+    method: str
+    place: Place
+    path: str  # with the query, escaped: as it stands in the request line
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+    def __repr__(self) -> str:
+        # Headers carry secrets, bodies people's words, and some upstreams take a key in the query.
+        return f"<Outgoing {self.method} {self.url.partition('?')[0]}>"
+
+    @property
+    def url(self) -> str:
+        return f"{self.place.origin[0]}://{self.place.host_header}{self.path}"
+
+    def as_httpx(self) -> httpx.Request:
+        return httpx.Request(self.method, self.url, headers=self.headers, content=self.body or None)
+
+
+class Watch(Protocol):
+    """Told by whoever reads an answer whose turn it is. Ends the exchange by cancelling it."""
+
+    def waiting(self) -> None:
+        """The upstream's turn."""
+
+    def busy(self) -> None:
+        """Ours, or the client's."""
+
+
+class Unwatched:
+    """For calls that stand under a time limit as a whole."""
+
+    def waiting(self) -> None: ...
+    def busy(self) -> None: ...
+
+
+class Answer(Protocol):
+    """An answer whose head has come. Its body is read once, decompressed, by `chunks` or by `read`."""
+
+    status: int
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """By lower-case name; a repeated one is joined with a comma."""
+
+    @property
+    def content_type(self) -> str: ...
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it arrives, never empty. Raises httpx.TransportError or httpx.DecodingError when it is cut off."""
+
+    async def read(self, limit: int) -> bytes:
+        """The body, or its first `limit` bytes when it is longer. Raises as `chunks` does."""
+
+    async def close(self) -> None:
+        """Give back the connection, or end it where the body has not been read. May be called twice, and under cancellation."""
+
+
+class Transport(Protocol):
+    async def send(self, call: Outgoing, watch: Watch) -> Answer:
+        """Send it and wait for the head of the answer. Cancelling it leaves nothing behind. The answer must be closed.
+
+        Raises httpx.TransportError, or EgressRefused. No redirect is followed."""
+
+    async def aclose(self) -> None:
+        """End all connections."""
