@@ -24,7 +24,7 @@ def quick(serve: Callable[..., Sluice], upstream_server: OpenAIUpstream) -> Slui
         FIRST_BYTE_SECONDS="0.6",
         HEARTBEAT_SECONDS="0.1",
         IDLE_SECONDS="0.5",
-        TOTAL_SECONDS="2",
+        TOTAL_SECONDS="4",
     )
     sluice.add_openai(upstream_server, prefix="sim", secret="sk-sim-ok")
     sluice.add_openai(upstream_server, prefix="pool", label="slow", secret="sk-sim-slow_headers", priority=10)
@@ -41,6 +41,11 @@ def client(quick: Sluice, upstream: OpenAIUpstream) -> Iterator[httpx.Client]:
 
 def ask(client: httpx.Client, model: str, *, stream: bool) -> httpx.Response:
     return client.post("chat/completions", json={**BODY, "model": model, "stream": stream})
+
+
+def by_its_own_timer(quick: Sluice, answer: httpx.Response) -> None:
+    """Long before the total of 4 s, which would say the same."""
+    assert quick.row(answer.headers["x-request-id"])["duration_ms"] < 3000
 
 
 def left(upstream: OpenAIUpstream) -> bool:
@@ -90,6 +95,7 @@ def test_no_first_byte_in_time(client: httpx.Client, quick: Sluice, upstream: Op
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "upstream_timeout")
     assert left(upstream)
+    by_its_own_timer(quick, answer)
     row = quick.row(answer.headers["x-request-id"])
     assert (row["status"], row["error"], row["usage_source"], row["attempts"]) == (504, "upstream_timeout", "estimated", 1)
 
@@ -103,6 +109,7 @@ def test_no_first_byte_in_time_for_a_stream_that_has_had_comments(client: httpx.
     assert set(beats) == {b": keep-alive"}
     assert b'"code":"upstream_timeout"' in last
     assert quick.row(answer.headers["x-request-id"])["status"] == 504
+    by_its_own_timer(quick, answer)
 
 
 @pytest.mark.parametrize("scenario", ["stall", "slow_first"])
@@ -114,15 +121,17 @@ def test_silence_in_a_stream(client: httpx.Client, quick: Sluice, upstream: Open
     assert b'"code":"upstream_timeout"' in last
     assert b"[DONE]" not in answer.content
     assert left(upstream)
+    by_its_own_timer(quick, answer)
     row = quick.row(answer.headers["x-request-id"])
     assert (row["error"], row["usage_source"]) == ("upstream_timeout", "estimated")
 
 
-def test_silence_in_a_whole_answer(client: httpx.Client, upstream: OpenAIUpstream) -> None:
+def test_silence_in_a_whole_answer(client: httpx.Client, quick: Sluice, upstream: OpenAIUpstream) -> None:
     answer = ask(client, "sim/sim-stall", stream=False)
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "upstream_timeout")
     assert left(upstream)
+    by_its_own_timer(quick, answer)
 
 
 def test_an_answer_that_never_ends(client: httpx.Client, quick: Sluice, upstream: OpenAIUpstream) -> None:
@@ -133,12 +142,13 @@ def test_an_answer_that_never_ends(client: httpx.Client, quick: Sluice, upstream
     assert answer.content.count(b'"word"') + answer.content.count(b'" word"') >= 5
     assert b'"code":"upstream_timeout"' in answer.content.strip().split(b"\n\n")[-1]
     assert left(upstream)
-    assert 1900 <= quick.row(answer.headers["x-request-id"])["duration_ms"] < 10_000
+    assert quick.row(answer.headers["x-request-id"])["duration_ms"] >= 3900
 
 
-@pytest.mark.parametrize("scenario", ["dribble_headers"])
-def test_an_upstream_that_never_finishes_its_head(client: httpx.Client, scenario: str) -> None:
-    answer = ask(client, f"sim/sim-{scenario}", stream=False)
+def test_an_upstream_that_never_finishes_its_head(client: httpx.Client, quick: Sluice) -> None:
+    answer = ask(client, "sim/sim-dribble_headers", stream=False)
+
+    by_its_own_timer(quick, answer)
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "upstream_timeout")
 
