@@ -257,12 +257,12 @@ class OpenAIUpstream(Simulator):
     async def _stream(self, call: Call, step: Step, frames: list[bytes], bill: Bill, output_tokens: int) -> None:
         """Sends the frames; the bill grows with each that carries a token."""
         carrying = [number for number, frame in enumerate(frames) if _carries_text(frame)]
-        last = carrying[-1] if carrying else None
+        last, counted = carrying[-1] if carrying else None, 0
         async for number in call.stream_with(step, frames, "text/event-stream; charset=utf-8", self._headers(call)):
-            if number == last:
-                bill.output_tokens = output_tokens
-            elif number in carrying:
-                bill.output_tokens += 1
+            if number in carrying:
+                more = output_tokens - counted if number == last else 1
+                bill.output_tokens += more
+                counted += more
 
     async def _whole(self, call: Call, step: Step, answer: Json, bill: Bill, output_tokens: int) -> None:
         bill.output_tokens += output_tokens
