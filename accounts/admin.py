@@ -349,9 +349,9 @@ class ApiKeyAdmin(NeverDeleted, Audited):
         return self._page(request, "confirm", context)
 
     def _shown_once(self, request: HttpRequest, key: ApiKey, clear: str) -> HttpResponse:
-        response = self._page(request, "issued", {"title": f"The key '{key.name}'", "key": key, "clear": clear})
-        response["Cache-Control"] = "no-store"
-        return response
+        # On the answer itself, which the site marks `no-store` as it does all its pages: not in a message, which lives in a cookie
+        # or the session, and not behind a redirect, which would have to keep the key somewhere.
+        return self._page(request, "issued", {"title": f"The key '{key.name}'", "key": key, "clear": clear})
 
     def _page(self, request: HttpRequest, name: str, context: dict[str, Any]) -> HttpResponse:
         return TemplateResponse(

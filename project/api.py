@@ -10,7 +10,6 @@ from django.http import Http404, HttpRequest, HttpResponse
 from ninja import NinjaAPI
 from ninja.errors import AuthenticationError, HttpError
 from ninja.errors import ValidationError as WrongRequest
-from ninja.parser import Parser
 from ninja.security import SessionAuth
 
 from accounts.actions import Conflict
@@ -24,14 +23,6 @@ class SignedIn(SessionAuth):
 
     def __call__(self, request: HttpRequest) -> User | None:
         return super().__call__(request) if request.user.is_authenticated else None
-
-
-class SafeParser(Parser):
-    def parse_body(self, request: HttpRequest) -> Any:
-        try:
-            return super().parse_body(request)
-        except RecursionError:
-            raise HttpError(400, "The body is nested too deeply.") from None
 
 
 class ManagementApi(NinjaAPI):
@@ -49,7 +40,6 @@ api = ManagementApi(
     urls_namespace="api",
     auth=[SignedIn()],
     docs_decorator=login_required,
-    parser=SafeParser(),
 )
 api.add_router("", keys)
 api.add_router("", usage)

@@ -217,6 +217,8 @@ def test_a_changed_key_keeps_what_another_worker_wrote(people: People, olga: Cli
     used_at = now()
     ApiKey.objects.filter(pk=key.pk).update(last_used_at=used_at)
     fields = new_key(people, name="renamed", models="demo/*\ngpt-4o", organization=people.rival.pk, user=people.charlie.pk)
+    form = olga.get(page_of("apikey", key.pk)).context["adminform"].form
+    assert set(form.fields) == {"name", "team", "models", "networks", "expires_at", "tags"}
 
     assert olga.post(page_of("apikey", key.pk), fields).status_code == 302
     stored = ApiKey.objects.get()
