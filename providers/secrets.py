@@ -100,16 +100,19 @@ class Redactor:
         r"|\beyJ[0-9A-Za-z_-]{8,}\.[0-9A-Za-z_-]{8,}\.[0-9A-Za-z_-]*"
     )
     SHORTEST = 6  # shorter values would redact ordinary words
+    MOST_NAMES = 4096
 
     def __init__(self) -> None:
         self._known: re.Pattern[str] | None = None
         self._values: frozenset[str] = frozenset()
+        self._names: dict[str, str] = {}
 
     def learn(self, values: Iterable[str]) -> None:
         """Replace what is known by value. Longer ones are matched first."""
         kept = frozenset(value for value in values if len(value) >= self.SHORTEST)
         if kept != self._values:
             self._values = kept
+            self._names.clear()
             self._known = re.compile("|".join(re.escape(value) for value in sorted(kept, key=len, reverse=True))) if kept else None
 
     def learn_more(self, values: Iterable[str]) -> None:
@@ -120,6 +123,15 @@ class Redactor:
         if self._known is not None:
             text = self._known.sub("[redacted]", text)
         return self._SHAPES.sub("[redacted]", text)
+
+    def name(self, text: str) -> str:
+        """The same for names that come again and again, such as a model's: remembered, because each request has two."""
+        known = self._names.get(text)
+        if known is None:
+            if len(self._names) >= self.MOST_NAMES:
+                self._names.clear()
+            known = self._names[text] = self(text)
+        return known
 
 
 redact = Redactor()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from accounts.principal import Principal
 from providers.adapter import Target
+from providers.secrets import redact
 from proxy.call import Admission, Asked, Incoming, Outcome, milliseconds_of
 from proxy.catalog import Catalog
 from proxy.errors import Unavailable
@@ -53,11 +54,11 @@ async def admit(
                 team=principal.team_id,
                 user=principal.user_id,
                 key=principal.key_id,
-                model=asked.model,
+                model=redact.name(asked.model),  # a client may have put its key there
                 endpoint=asked.endpoint,
                 stream=asked.stream,
                 input_estimate=estimate,
-                served_model=first.public_model,
+                served_model=redact.name(first.public_model),
                 provider=first.kind,
                 credential=first.credential_id,
                 price=price.id if price else None,
@@ -73,7 +74,7 @@ async def admit(
         request_id=incoming.id,
         principal=principal,
         endpoint=asked.endpoint,
-        model=asked.model,
+        model=redact.name(asked.model),
         stream=asked.stream,
         input_estimate=estimate,
         started=time.monotonic(),

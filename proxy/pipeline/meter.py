@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from providers.price import Tokens
+from providers.secrets import redact
 from proxy.call import Admission, Outcome, milliseconds_of
 from proxy.journal import Journal, Settled
 from proxy.stores.limits import LimitStore
@@ -34,7 +35,7 @@ def meter(admission: Admission, outcome: Outcome, limits: LimitStore, journal: J
             status=outcome.status,
             error=outcome.error,
             attempts=outcome.attempts,
-            served_model=target.public_model if target else "",
+            served_model=redact.name(target.public_model) if target else "",
             provider=target.kind if target else "",
             credential=target.credential_id if target else None,
             fresh_input=tokens.fresh_input,

@@ -7,6 +7,7 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from providers.adapter import Reader
+from providers.secrets import redact
 from providers.wire import ApiError, Json, encode_json, event
 from proxy.call import Send
 from proxy.errors import WrongMethod
@@ -64,10 +65,12 @@ class Reply:
         if self.finished:
             return
         if self.started:
-            await self._body(event(problem.body()), more=False)
+            await self._body(event(_said(problem)), more=False)
             self.finished = True
             return
-        body: Json = {"error": problem.code or problem.type, "message": problem.message} if self._seed_errors else problem.body()
+        body = _said(problem)
+        if self._seed_errors:
+            body = {"error": problem.code or problem.type, "message": body["error"]["message"]}
         await self.whole(problem.status, encode_json(body), headers=_error_headers(problem), before_closing=before_closing)
 
     async def events(self, data: bytes) -> None:
@@ -140,6 +143,13 @@ async def stream(reply: Reply, chunks: AsyncIterator[bytes], reader: Reader) -> 
     if last:
         await reply.events(last)
     await reply.end()
+
+
+def _said(problem: ApiError) -> Json:
+    """The error object. What a client or an upstream said may be quoted in it, and a secret with it: that stays out."""
+    body = problem.body()
+    body["error"]["message"] = redact(body["error"]["message"])
+    return body
 
 
 def _error_headers(problem: ApiError) -> Headers:

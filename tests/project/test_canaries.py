@@ -4,6 +4,7 @@ The server logs at DEBUG, so that no quiet sink is missed."""
 
 from __future__ import annotations
 
+import json
 import re
 import sqlite3
 from pathlib import Path
@@ -60,7 +61,7 @@ def planted(house: Sluice, upstream: OpenAIUpstream) -> tuple[str, list[httpx.Re
             f"<html>{OTHER_SECRET}</html>",
         ):
             for status in (400, 401, 403, 429, 500):
-                upstream.script(Step(status=status, body=('{"error":{"message":"%s","code":"x"}}' % text).encode(), scenario="ok"))
+                upstream.script(Step(status=status, body=json.dumps({"error": {"message": text, "code": "x"}}).encode()))
                 ask("c/gpt-4o-mini")
         upstream.script(Step(frames=[b'data: {"error":{"message":"broke for %s"}}\n\n' % UPSTREAM_SECRET.encode()]))
         answers.append(
@@ -92,16 +93,16 @@ def pages(house: Sluice) -> list[str]:
         )
         assert answer.status_code == 200
         assert 'type="password"' not in answer.text, "not signed in"
-        waiting = ["/", "/admin/", "/api/openapi.json"]
-        while waiting and len(seen) < 150:
+        waiting = ["/", "/keys/", "/admin/", "/api/openapi.json"]
+        while waiting and len(seen) < 200:
             path = waiting.pop(0)
-            if path in seen:
+            if path in seen or path.startswith("/static/") or "logout" in path:
                 continue
             answer = client.get(path)
-            if "html" in answer.headers.get("content-type", "") or "json" in answer.headers.get("content-type", ""):
+            assert answer.status_code < 500, f"{path}: {answer.status_code}"
+            if answer.headers.get("content-type", "").startswith(("text/html", "application/json")):
                 seen[path] = answer.text
-                links = re.findall(r'href="(/[^"#]*)"', answer.text)
-                waiting += [link.replace("&amp;", "&") for link in links if "logout" not in link and not link.startswith("/static/")]
+                waiting += re.findall(r'href="(/[^"#?]*)"', answer.text)
     assert sum(path.startswith("/admin/providers/credential/") for path in seen) > 2, sorted(seen)
     assert any(re.match(r"/keys/\d+", path) for path in seen), sorted(seen)
     return list(seen.values())
@@ -135,13 +136,14 @@ def test_s11_no_planted_secret_is_found_anywhere(house, upstream_server, upstrea
     assert "DEBUG" in log, "the log is not as talkative as this test wants it"
     assert len(answers) > 20
 
-    said_to_clients = [answer.text.replace(f"echo: {PROMPT}", "") + str(answer.headers) for answer in answers]
     for secret in secrets:
         assert secret not in log
         for page in html:
             assert secret not in page
         for name, data in kept.items():
             assert secret.encode() not in data, name
-        if secret != CALLERS_SECRET:
-            for said in said_to_clients:
-                assert secret not in said, said
+        # What an upstream answers in earnest is the client's own matter, even when it quotes the client's own words.
+        clients_own = secret in (key, CALLERS_SECRET, PROMPT)
+        for answer in answers:
+            if answer.status_code >= 400 or not clients_own:
+                assert secret not in answer.text + str(answer.headers)
