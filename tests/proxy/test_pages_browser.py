@@ -1,0 +1,375 @@
+"""The pages in Chromium, on a Sluice that runs: the way of a newcomer, themes, phones, and a console without complaints."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Error as PlaywrightError
+
+from accounts.principal import is_plausible
+from tests.serving import Sluice, eventually
+
+pytestmark = [pytest.mark.chromium, pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium on the PATH")]
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PHONE = {"width": 390, "height": 844}
+LONG = "x" * 60 + " <script>alert(1)</script> " + "y" * 60
+
+# Every breach of the content policy is kept where a test can read it.
+VIOLATIONS = """
+window.violations = [];
+document.addEventListener("securitypolicyviolation", (event) => window.violations.push(`${event.violatedDirective} ${event.blockedURI}`));
+"""
+
+SET_UP = """
+from accounts import actions
+from accounts.models import Membership, Organization, Role, User
+from accounts.policy import Allowance
+from providers.actions import add_credential
+from providers.models import Credential
+organization = Organization.objects.create(slug={slug!r}, name="Acme " + {slug!r}, time_zone="Europe/Berlin")
+owner = User.objects.create_user({email!r}, {password!r})
+operator = User.objects.create_superuser("op-" + {email!r}, {password!r})
+Membership.objects.create(user=owner, organization=organization, role=Role.OWNER)
+if not Credential.objects.filter(kind="demo").exists():
+    add_credential("demo", "demo", "")
+actions.set_limit(organization, Allowance("money", 25_000_000, "month"))
+"""
+
+
+class Person:
+    """Somebody with an organization of their own, at a browser."""
+
+    def __init__(self, sluice: Sluice, chromium: Browser) -> None:
+        self.sluice, self._chromium = sluice, chromium
+        self.slug = f"acme-{uuid.uuid4().hex[:8]}"
+        self.email, self.password = f"{self.slug}@example.org", "correct horse battery"
+        self.complaints: list[str] = []
+        self._contexts: list[BrowserContext] = []
+        self._cookies: dict[bool, Any] = {}
+        sluice.python(SET_UP.format(slug=self.slug, email=self.email, password=self.password))
+
+    def opens(self, path: str = "/", **options: Any) -> Page:
+        """A new browser, not signed in."""
+        context = self._chromium.new_context(base_url=self.sluice.url, **{"locale": "en-GB", **options})
+        self._contexts.append(context)
+        context.set_default_timeout(10_000)
+        context.add_init_script(VIOLATIONS)
+        page = context.new_page()
+        page.on("console", self._heard)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("response", lambda answer: self.complaints.append(f"{answer.status} {answer.url}") if answer.status >= 500 else None)
+        page.goto(path)
+        return page
+
+    def signs_in(self, path: str = "/keys/", *, as_operator: bool = False, **options: Any) -> Page:
+        """A further browser takes the cookies of the first: hashing a password is slow on purpose."""
+        if as_operator in self._cookies:
+            return self.opens(path, storage_state={"cookies": self._cookies[as_operator], "origins": []}, **options)
+        page = self.opens("/", **options)
+        page.get_by_label("Email").fill(("op-" if as_operator else "") + self.email)
+        page.get_by_label("Password").fill(self.password)
+        page.get_by_role("button", name="Sign in").click()
+        page.wait_for_url("**/keys/")
+        self._cookies[as_operator] = page.context.storage_state()["cookies"]
+        if path != "/keys/":
+            page.goto(path)
+        return page
+
+    def makes_key(self, page: Page, name: str = "notebook") -> str:
+        """Create a key on the list. Its clear text."""
+        page.goto("/keys/")
+        page.get_by_label("Name of the new key").fill(name)
+        page.get_by_role("button", name="Create key").click()
+        return page.locator("#new-key").inner_text()
+
+    def calls(self, key: str, times: int = 1) -> None:
+        for _ in range(times):
+            request = urllib.request.Request(
+                f"{self.sluice.url}/v1/chat/completions",
+                data=json.dumps({"model": "demo/echo", "messages": [{"role": "user", "content": "Hello"}]}).encode(),
+                headers={"authorization": f"Bearer {key}", "content-type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                assert answer.status == 200
+
+    def uses(self, page: Page, name: str = "notebook") -> str:
+        """Make a key and call with it until its page shows it. The page's path; the page stays there."""
+        key = self.makes_key(page, name)
+        page.get_by_role("link", name="show its page").click()
+        self.calls(key, times=3)
+        eventually(lambda: self._shows_use(page), "the page does not show the calls", seconds=15)
+        return re.sub(r"^https?://[^/]+", "", page.url)
+
+    @staticmethod
+    def _shows_use(page: Page) -> bool:
+        page.reload()
+        return page.get_by_text("Recent requests").count() > 0
+
+    def checks(self, page: Page) -> None:
+        """Nothing was refused, failed or complained of on this page."""
+        assert page.evaluate("window.violations") == []
+        assert self.complaints == []
+
+    def _heard(self, message: Any) -> None:
+        if message.type in {"error", "warning"}:
+            self.complaints.append(message.text)
+
+    def leaves(self) -> None:
+        for context in self._contexts:
+            context.close()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def person(sluice: Sluice, chromium: Browser) -> Iterator[Person]:
+    somebody = Person(sluice, chromium)
+    # The server learns of a first demo credential within seconds.
+    sluice.wait_for("demo")
+    yield somebody
+    somebody.leaves()
+
+
+def test_from_signing_in_to_ones_own_usage(person: Person):
+    page = person.signs_in(permissions=["clipboard-read", "clipboard-write"])
+    assert page.get_by_text("No keys yet").is_visible()
+
+    key = person.makes_key(page)
+    assert is_plausible(key)
+    page.get_by_role("button", name="Copy key").click()
+    page.get_by_text("Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == key
+    page.get_by_role("button", name="Copy the curl example").click()
+    assert f'Authorization: Bearer {key}"' in page.evaluate("navigator.clipboard.readText()")
+    for title, said in (
+        ("Python", "from openai import OpenAI"),
+        ("Node", 'import OpenAI from "openai"'),
+        ("Environment", "OPENAI_BASE_URL"),
+    ):
+        page.get_by_role("radio", name=title).check()
+        assert page.get_by_text(said).is_visible()
+
+    page.get_by_role("link", name="show its page").click()
+    assert page.get_by_text("No requests in the last 24 hours").is_visible()
+    assert key not in page.content()
+    person.calls(key, times=3)
+    eventually(lambda: person._shows_use(page), "the page does not show the calls", seconds=15)
+
+    figures = page.locator("section[aria-labelledby=usage] dl").inner_text()
+    assert re.search(r"Requests\s+3\b", figures)
+    assert "demo/echo" in page.locator("section[aria-labelledby=requests]").inner_text()
+    person.checks(page)
+
+
+def test_a_key_does_not_come_back_by_reload_or_by_the_back_button(person: Person):
+    page = person.signs_in()
+    key = person.makes_key(page)
+
+    page.get_by_role("link", name="show its page").click()
+    with contextlib.suppress(PlaywrightError):  # Chromium may refuse to show it at all: it was told to store nothing
+        page.go_back()
+    page.wait_for_load_state()
+    assert key not in page.locator("body").inner_text()
+
+    key = person.makes_key(page, "second")
+    page.reload()
+    assert key not in page.content()
+    page.goto("/keys/")
+    assert page.get_by_role("link", name="second").count() == 1
+
+
+def test_the_chart_draws_each_of_its_views_in_each_theme(person: Person):
+    page = person.signs_in(color_scheme="light")
+    person.uses(page)
+    canvas = page.locator("canvas#chart")
+    painted = """canvas => {
+        const blank = document.createElement("canvas");
+        [blank.width, blank.height] = [canvas.width, canvas.height];
+        return canvas.toDataURL() !== blank.toDataURL();
+    }"""
+
+    for view, legend in (("Cost", "cost"), ("Failures", "failed"), ("Tokens", "output"), ("Requests", "answered")):
+        button = page.get_by_role("button", name=view, exact=True)
+        button.click()
+        assert button.get_attribute("aria-pressed") == "true"
+        assert canvas.evaluate(painted)
+        assert legend in page.locator("#legend").inner_text()
+
+    light = canvas.evaluate("canvas => canvas.toDataURL()")
+    page.get_by_role("radio", name="Dark theme").first.check(force=True)
+    assert canvas.evaluate("canvas => canvas.toDataURL()") != light
+    for span in ("7 days", "30 days"):
+        page.get_by_role("link", name=span).click()
+        assert page.locator("canvas#chart[data-drawn=requests]").evaluate(painted)
+    person.checks(page)
+
+
+def test_a_theme_is_in_force_from_the_first_paint_on_and_is_remembered(person: Person):
+    page = person.signs_in(color_scheme="light")
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(background)
+
+    page.get_by_role("radio", name="Dark theme").first.check(force=True)
+    dark = page.evaluate(background)
+    assert dark != light
+
+    page.add_init_script(
+        """const theme = () => document.documentElement.dataset.theme;
+        addEventListener("DOMContentLoaded", () => { window.early = theme(); });
+        new PerformanceObserver(() => { window.painted ??= theme(); }).observe({type: "paint", buffered: true});"""
+    )
+    page.goto("/keys/")
+    assert page.evaluate("window.early") == "dark"
+    page.wait_for_function("window.painted")
+    assert page.evaluate("window.painted") == "dark"
+    assert page.evaluate(background) == dark
+
+    page.get_by_role("radio", name="Theme of the system").first.check(force=True)
+    assert page.evaluate(background) == light
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(background) == dark
+    page.reload()
+    assert page.get_by_role("radio", name="Theme of the system").first.is_checked()
+    person.checks(page)
+
+
+def test_without_scripts_everything_but_the_chart_works(person: Person):
+    scripted = person.signs_in()
+    path = person.uses(scripted)
+
+    page = person.signs_in(path, java_script_enabled=False, color_scheme="dark")
+
+    assert not page.locator("canvas").is_visible()
+    assert page.get_by_role("button", name="Copy").count() == 0
+    page.get_by_text("The same as a table").click()
+    rows = page.get_by_role("region", name="Usage as a table").locator("tbody tr")
+    assert rows.count() == 24
+    assert page.get_by_text("UTC").first.is_visible()
+    page.get_by_role("radio", name="Python").check()
+    assert page.get_by_text("from openai import OpenAI").is_visible()
+    assert page.evaluate("getComputedStyle(document.body).colorScheme || getComputedStyle(document.documentElement).colorScheme") == "dark"
+    page.get_by_role("link", name="Rename").click()
+    page.get_by_label("Name").fill("desk")
+    page.get_by_role("button", name="Rename").click()
+    assert page.get_by_role("heading", name="desk").is_visible()
+
+
+def pages_of(person: Person, page: Page) -> list[str]:
+    """One key's page with usage, and all the others."""
+    path = person.uses(page, LONG)
+    return [
+        "/keys/",
+        path,
+        f"{path}?range=30d",
+        f"{path}rotate/",
+        f"{path}revoke/",
+        f"{path}rename/",
+        "/accounts/password/change/",
+        "/nothing/",
+    ]
+
+
+def test_nothing_is_wider_than_a_phone(person: Person):
+    page = person.signs_in(viewport=PHONE)
+    sizes = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    wide = []
+
+    def look(where: str) -> None:
+        scroll, client = page.evaluate(sizes)
+        if scroll > client:
+            wide.append(f"{where}: {scroll} > {client}")
+
+    for path in pages_of(person, page):
+        page.goto(path)
+        for details in page.locator("main details > summary").all():
+            details.click()
+        look(path)
+    person.makes_key(page, LONG)
+    look("the key, shown once")
+    front = person.opens("/", viewport=PHONE)
+    scroll, client = front.evaluate(sizes)
+
+    assert wide == []
+    assert scroll <= client == PHONE["width"]
+
+
+def test_every_page_is_without_complaint_and_says_what_it_is(person: Person):
+    page = person.signs_in()
+    unnamed = """() => [...document.querySelectorAll("input:not([type=hidden]), select, textarea, button, a[href], summary, canvas")]
+        .filter((one) => one.checkVisibility())
+        .filter((one) => !(one.labels?.length || one.ariaLabel || one.title || one.innerText?.trim()))
+        .map((one) => one.outerHTML.slice(0, 120))"""
+
+    for path in pages_of(person, page):
+        page.goto(path)
+        assert page.evaluate(unnamed) == [], path
+        assert page.locator("h1").count() == 1, path
+        assert page.title().endswith("Sluice"), path
+        person.complaints = [one for one in person.complaints if not (path == "/nothing/" and "404" in one)]
+        person.checks(page)
+
+
+def test_the_keyboard_reaches_what_matters(person: Person):
+    page = person.signs_in()
+    page.goto("/keys/")
+
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    page.get_by_label("Account").focus()
+    page.keyboard.press("Enter")
+    assert page.get_by_role("link", name="Change password").is_visible()
+    page.keyboard.press("Escape")
+    assert not page.get_by_role("link", name="Change password").is_visible()
+    page.get_by_label("Name of the new key").focus()
+    page.keyboard.type("typed")
+    page.keyboard.press("Enter")
+    page.locator("#new-key").wait_for()
+
+
+def test_times_are_the_viewers_own(person: Person):
+    page = person.signs_in(timezone_id="Asia/Tokyo")
+    path = person.uses(page)
+
+    def shown(zone: str) -> str:
+        return person.signs_in(path, timezone_id=zone).locator("section[aria-labelledby=requests] time").first.inner_text()
+
+    at = page.locator("section[aria-labelledby=requests] time").first.get_attribute("datetime")
+    assert at is not None
+    assert at.endswith("Z")
+    assert shown("Asia/Tokyo") != shown("America/New_York")
+
+
+def test_the_admin_and_the_api_page_run_under_their_policy(person: Person):
+    page = person.signs_in(as_operator=True)
+
+    for path in ("/admin/", "/admin/proxy/usageevent/", "/admin/proxy/route/add/", "/admin/accounts/apikey/"):
+        page.goto(path)
+        assert page.locator("#main").is_visible(), path
+        person.checks(page)
+    page.goto("/api/docs")
+    page.get_by_text("/api/organizations").first.wait_for()
+    person.checks(page)
