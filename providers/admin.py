@@ -89,7 +89,7 @@ class CredentialForm(forms.ModelForm):
 @admin.register(Credential)
 class CredentialAdmin(ModelAdmin):
     form = CredentialForm
-    list_display = ("label", "kind", "prefix", "owner", "state_label", "weight", "priority", "listed", "problem")
+    list_display = ("label", "kind_name", "prefix", "owner", "state_label", "weight", "priority", "listed", "problem")
     list_filter = ("state", "kind", "organization")
     list_select_related = ("organization", "user")
     list_per_page = 50
@@ -121,6 +121,10 @@ class CredentialAdmin(ModelAdmin):
     @display(description="kind")
     def kind_label(self, credential: Credential) -> str:
         return credential.get_kind_display()
+
+    @display(description="kind", ordering="kind")
+    def kind_name(self, credential: Credential) -> str:
+        return credential.kind
 
     @display(description="for")
     def owner(self, credential: Credential) -> str:
