@@ -37,6 +37,8 @@ def key(people: People) -> ApiKey:
 
 def plan_of(sql: str) -> str:
     """How SQLite would go about it."""
+    if connection.vendor != "sqlite":
+        pytest.skip("Another database tells its plan in another way.")
     with connection.cursor() as cursor:
         cursor.execute("EXPLAIN QUERY PLAN " + sql)
         return " ".join(str(row[-1]) for row in cursor.fetchall())
