@@ -52,6 +52,10 @@ def test_a_key_that_was_cut_off_is_no_key(cut: int):
     assert not is_plausible(mint()[0][:cut])
 
 
+def test_a_key_of_another_length_is_no_key_even_with_its_checksum():
+    assert not is_plausible(PREFIX + "short" + checksum("short"))
+
+
 def test_a_key_with_something_behind_it_is_no_key():
     assert not is_plausible(mint()[0] + "x")
 
