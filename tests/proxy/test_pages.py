@@ -185,6 +185,7 @@ def test_whoever_is_in_several_organizations_switches_between_them(people: Peopl
     client = browser(people.alice)
 
     assert "acme's" in text(client.get("/keys/?organization=acme"))
+    assert b'href="/keys/?organization=rival"' in client.get("/keys/").content
     assert "You have no keys yet" in text(client.get("/keys/?organization=rival"))
     assert "You have no keys yet" in text(client.get("/keys/"))  # it is remembered
     assert "acme's" in text(client.get("/keys/?organization=acme"))

@@ -146,6 +146,12 @@ def test_hours_and_days_begin_on_the_organizations_clock():
     assert {start.hour for start in queries.starts_of(SPANS["7d"], kathmandu, NOW)} == {0, 6, 12, 18}
 
 
+def test_a_quarter_is_one_of_utc_also_where_the_clock_is_off_by_45_minutes():
+    at = datetime(2026, 6, 17, 18, 50, tzinfo=ZoneInfo("Asia/Kathmandu"))
+
+    assert queries.quarter(at) == datetime(2026, 6, 17, 13, 0, tzinfo=UTC)
+
+
 def test_a_day_with_a_changed_clock_is_still_one_step():
     berlin = ZoneInfo("Europe/Berlin")
     spring = queries.starts_of(SPANS["30d"], berlin, datetime(2026, 4, 2, 12, tzinfo=UTC))
@@ -243,6 +249,7 @@ def test_a_budget_counts_its_own_scope_and_window(people: People, key: ApiKey, d
     used(key, midnight - timedelta(minutes=20), cost=10)
     used(key, midnight - timedelta(days=40), cost=100)
     used(other, midnight + timedelta(hours=1), cost=1000)
+    used(people.key(people.alice), midnight + timedelta(hours=1), cost=10_000)
 
     limits = queries.limits_on(people.acme, key)
     with django_assert_num_queries(1):
@@ -253,7 +260,7 @@ def test_a_budget_counts_its_own_scope_and_window(people: People, key: ApiKey, d
         ("key", "month"): 11,
         ("key", "total"): 111,
         ("user", "week"): 1011,
-        ("organization", "day"): 1001,
+        ("organization", "day"): 11_001,
     }
     ends = {budget.limit.window: budget.ends_at for budget in found}
     assert ends["day"] == midnight + timedelta(days=1)
