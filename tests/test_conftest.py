@@ -28,12 +28,12 @@ async def test_waits():
 
 
 def run(folder: Path, text: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """pytest over one file, with our conftest and nothing else."""
     (folder / "test_it.py").write_text(text)
-    command = [sys.executable, "-m", "pytest", "-q", "-rsf", "-p", "tests.conftest", "-p", "no:cacheprovider", "-c", "pyproject.toml"]
-    environment = {"PATH": "", "HOME": str(folder), **environment}
-    return subprocess.run(
-        [*command, str(folder / "test_it.py")], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
-    )
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-rsf", "-p", "tests.conftest", "-p", "no:django", "-p", "no:cacheprovider"]
+    environment = {"PATH": "", "HOME": str(folder), "PYTHONPATH": str(REPOSITORY), **environment}
+    return subprocess.run([*command, "test_it.py"], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture

@@ -107,6 +107,8 @@ class Reply:
         self._heartbeat = loop.call_later(max(self._interval - silence, 0.001), self._beat)
 
     async def _comment(self) -> None:
+        if self._heartbeat is None:
+            return  # the last event came before this task had its turn
         await self._begin()
         await self._body(HEARTBEAT, more=True)
 
@@ -139,6 +141,8 @@ async def stream(reply: Reply, chunks: AsyncIterator[bytes], reader: Reader) -> 
             continue
         await reply.events(held + events if held else events)
         held = b""
+        if reader.finished:
+            reply.quiet()  # nothing follows the last event, not even a comment
     last = held + reader.end()
     if last:
         await reply.events(last)

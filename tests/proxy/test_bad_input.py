@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import uuid
@@ -336,7 +337,6 @@ def send_slowly(sluice: Sluice, head: str, body_bytes: int, *, chunked: bool = F
         connection.settimeout(0.5)
         piece = b"x" * 65536
         framed = b"10000\r\n" + piece + b"\r\n" if chunked else piece
-        answer = b""
         try:
             while sent < body_bytes:
                 connection.sendall(framed)
@@ -344,15 +344,17 @@ def send_slowly(sluice: Sluice, head: str, body_bytes: int, *, chunked: bool = F
         except OSError:
             pass  # it reads no further, or has closed
         connection.settimeout(20)
-        try:
-            while not answer.partition(b"\r\n\r\n")[2].endswith(b"}}"):
-                came = connection.recv(65536)
-                if not came:
-                    break
-                answer += came
-        except ConnectionResetError:
-            pass
+        answer = read_answer(connection)
     return answer, sent
+
+
+def read_answer(connection: socket.socket) -> bytes:
+    """A whole error, or what came of it before the connection was closed."""
+    answer = b""
+    with contextlib.suppress(ConnectionResetError):
+        while not answer.endswith(b"}}") and (came := connection.recv(65536)):
+            answer += came
+    return answer
 
 
 def head(sluice: Sluice, key: str, *lines: str) -> str:
@@ -372,7 +374,7 @@ def head(sluice: Sluice, key: str, *lines: str) -> str:
 def test_a_body_announced_too_large_is_refused_before_it_is_sent(sluice: Sluice, key: str) -> None:
     with socket.create_connection(("127.0.0.1", sluice.port), timeout=20) as connection:
         connection.sendall(head(sluice, key, f"Content-Length: {LIMIT_BYTES + 1}").encode())
-        answer = connection.recv(65536)
+        answer = read_answer(connection)
 
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b'"code":"request_too_large"' in answer

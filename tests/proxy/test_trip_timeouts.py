@@ -165,6 +165,11 @@ def test_after_comments_alone_another_account_still_serves(client: httpx.Client,
     assert left(upstream)
 
 
+def test_no_comment_follows_the_last_event(client: httpx.Client) -> None:
+    """The upstream takes its time to close: three beats long."""
+    assert ask(client, "sim/sim-late_end", stream=True).content.endswith(DONE)
+
+
 def test_a_client_that_leaves_during_the_silence(quick: Sluice, upstream: OpenAIUpstream) -> None:
     headers = {"authorization": f"Bearer {quick.issue_key()}"}
     body = {**BODY, "model": "sim/sim-slow_headers", "stream": True}
