@@ -3,10 +3,11 @@
 const data = JSON.parse(document.getElementById("chart-data").textContent);
 const canvas = document.getElementById("chart");
 const legend = document.getElementById("legend");
-const whole = new Intl.NumberFormat();
-const compact = new Intl.NumberFormat(undefined, { notation: "compact", maximumFractionDigits: 1 });
+// The page writes its figures in English.
+const whole = new Intl.NumberFormat("en");
+const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 const dollars = (value) =>
-  new Intl.NumberFormat(undefined, { style: "currency", currency: "USD", maximumFractionDigits: value !== 0 && Math.abs(value) < 0.1 ? 6 : 2 }).format(value);
+  new Intl.NumberFormat("en", { style: "currency", currency: "USD", maximumFractionDigits: value !== 0 && Math.abs(value) < 0.1 ? 6 : 2 }).format(value);
 
 const less = (all, part) => all.map((value, index) => value - part[index]);
 const views = {
