@@ -302,7 +302,9 @@ def test_a_form_from_elsewhere_is_refused(people: People):
     client = Client(enforce_csrf_checks=True)
     client.force_login(people.bob)
 
-    assert client.post("/keys/", {"name": "ci", "once": "x"}).status_code == 403
+    answer = client.post("/keys/", {"name": "ci", "once": "x"})
+
+    assert (answer.status_code, "This form was not accepted" in text(answer)) == (403, True)
     assert not ApiKey.objects.exists()
 
 
