@@ -140,6 +140,7 @@ class Reader:
     tokens: Tokens | None = None  # what the upstream counted so far
     started = False  # a content event has been produced: no other target may be tried any more
     finished = False  # the stream said that it is complete
+    failure: UpstreamFailure | None = None  # to be raised once what `feed` has returned with it has been sent
     events = 0  # content events so far: the base of an estimate when usage never comes
     content_bytes = 0
 
@@ -262,9 +263,20 @@ class SameShape(Reader):
             self.events += whole.count(b"data:")
             self.content_bytes += _text_bytes(whole)
             return whole
-        return b"".join(filter(None, map(self._look, wire.split_events(whole))))
+        out: list[bytes] = []
+        for one in wire.split_events(whole):
+            try:
+                out.append(self._look(one) or b"")
+            except UpstreamFailure as problem:
+                if not self.started or not any(out):
+                    raise
+                self.failure = problem  # how a stream was cut into reads must not decide what the client gets of it
+                break
+        return b"".join(out)
 
     def end(self) -> bytes:
+        if self.failure is not None:
+            raise self.failure
         last = b""
         if self._rest.strip():
             rest, self._rest = self._rest, b""

@@ -141,6 +141,8 @@ async def stream(reply: Reply, chunks: AsyncIterator[bytes], reader: Reader) -> 
             continue
         await reply.events(held + events if held else events)
         held = b""
+        if reader.failure is not None:
+            raise reader.failure
         if reader.finished:
             reply.quiet()  # nothing follows the last event, not even a comment
     last = held + reader.end()

@@ -217,6 +217,22 @@ def test_a_stream_lost_after_its_last_event_ends_clean(client: httpx.Client, acc
     accounts.of(answer.headers["x-request-id"])
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_what_came_before_an_error_is_not_lost_with_it(
+    client: httpx.Client, sluice: Sluice, upstream: OpenAIUpstream, together: bool
+) -> None:
+    """However the network cut them into reads; and at once, though the upstream keeps the connection open."""
+    frames = [ODD[1], ODD[2], upstream.error_frame(), b": and then silence\n\n"]
+    upstream.script(Step(scenario="stall", frames=[b"".join(frames), b"", b"", b""] if together else frames))
+    answer, came = raw_stream(client, chat(stream=True))
+
+    assert came.startswith(ODD[1] + ODD[2])
+    [error] = came.removeprefix(ODD[1] + ODD[2]).strip().split(b"\n\n")
+    assert json.loads(error.removeprefix(b"data: "))["error"]["message"] == "The server had an error in the middle."
+    row = sluice.row(answer.headers["x-request-id"])
+    assert (row["status"], row["attempts"], row["usage_source"]) == (502, 1, "estimated")
+
+
 def test_a_failed_response_says_so_without_the_upstreams_secrets(client: httpx.Client) -> None:
     _, came = raw_stream(client, {"model": "sim/sim-failed", "input": "Hello", "stream": True}, "responses")
 
