@@ -21,9 +21,10 @@ from django.db import DatabaseError, InterfaceError, close_old_connections, conn
 
 from accounts.principal import Principal
 from providers.actions import check_canary
+from providers.clock import Timeouts
 from providers.egress import Egress
 from providers.tasks import refresh_due
-from providers.transport import StockTransport, Timeouts
+from providers.transport import PooledTransport
 from proxy import ledger, snapshot
 from proxy.catalog import Catalog, Current
 from proxy.errors import Unavailable
@@ -50,6 +51,7 @@ class Runtime:
         self.limits = MemoryLimits()
         self.refusals = Refusals()
         self.ready = False
+        self.unready: set[str] = set()  # why no new requests should come, although it is ready: the server fills it
         self._stopped = False
         self._journal: Journal | None = None
         self._ledger: Ledger | None = None
@@ -58,7 +60,8 @@ class Runtime:
         self._starting = asyncio.Lock()
         self._unknown: dict[bytes, float] = {}
         self._lock: int | None = None
-        self.transport = StockTransport(Egress(tuple(env.egress_allow)))
+        timeouts = timeouts_of(env)
+        self.transport = PooledTransport(Egress(tuple(env.egress_allow)), timeouts)
         self.gateway = Gateway(
             current=self.current,
             load=self._load_key,
@@ -72,7 +75,7 @@ class Runtime:
                 trusted_proxies=tuple(env.trusted_proxies),
                 body_limit_bytes=env.body_limit_bytes,
             ),
-            timeouts=timeouts_of(env),
+            timeouts=timeouts,
             refusals=self.refusals,
         )
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import httpx
 import msgspec
 
 from providers import wire
+from providers.exchange import Outgoing, Transport, place_of
 from providers.failures import (
     CallersKeyRefused,
     ContentFiltered,
@@ -54,6 +54,18 @@ class Target:
     settings: Mapping[str, str] = field(default_factory=dict)
     callers_key: bool = False  # the secret came with the request (`X-Upstream-Key`)
 
+    def get(self, path: str, headers: Mapping[str, str]) -> Outgoing:
+        """A request to `path` below the base URL. Raises UpstreamUnreachable where that is no address."""
+        return self._outgoing("GET", path, headers, b"")
+
+    def post(self, path: str, headers: Mapping[str, str], body: bytes) -> Outgoing:
+        return self._outgoing("POST", path, headers, body)
+
+    def _outgoing(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Outgoing:
+        settings = self.settings
+        place, prefix = place_of(self.base_url, self.credential_id, settings.get("ca_pem", ""), settings.get("proxy_url", ""))
+        return Outgoing(method, place, prefix + path, headers, body)
+
 
 @dataclass(slots=True)
 class Ask:
@@ -81,9 +93,9 @@ class Adapter:
     settings: ClassVar[frozenset[str]] = frozenset()
     endpoints: ClassVar[frozenset[str]] = frozenset({"chat/completions"})
     # An adapter that needs no network answers through a transport of its own.
-    transport: httpx.AsyncBaseTransport | None = None
+    transport: Transport | None = None
 
-    def request(self, ask: Ask, target: Target) -> httpx.Request:
+    def request(self, ask: Ask, target: Target) -> Outgoing:
         raise NotImplementedError
 
     def reader(self, ask: Ask, target: Target) -> Reader:
@@ -98,7 +110,7 @@ class Adapter:
         """What an answer that is not a success means."""
         raise NotImplementedError
 
-    def models_request(self, target: Target) -> httpx.Request | None:
+    def models_request(self, target: Target) -> Outgoing | None:
         """The call that lists models, or None where `listed()` knows them without a call."""
         return None
 
@@ -180,7 +192,7 @@ class OpenAICompatible(Adapter):
             headers["Authorization"] = f"Bearer {target.secret.reveal()}"
         return headers
 
-    def request(self, ask: Ask, target: Target) -> httpx.Request:
+    def request(self, ask: Ask, target: Target) -> Outgoing:
         headers = self.headers(target)
         headers["Accept"] = "text/event-stream" if ask.stream else "*/*"
         headers["Accept-Encoding"] = "identity" if ask.stream else "gzip"
@@ -188,7 +200,7 @@ class OpenAICompatible(Adapter):
         body = {**ask.body, "model": target.model}
         if self._adds_usage(ask):
             body["stream_options"] = {**(ask.body.get("stream_options") or {}), "include_usage": True}
-        return httpx.Request("POST", f"{target.base_url}/{ask.endpoint}", headers=headers, content=wire.encode_json(body))
+        return target.post(f"/{ask.endpoint}", headers, wire.encode_json(body))
 
     def _adds_usage(self, ask: Ask) -> bool:
         return ask.stream and ask.add_usage_option and not ask.client_wants_usage and ask.endpoint in self._takes_usage_option
@@ -213,8 +225,8 @@ class OpenAICompatible(Adapter):
         problem.upstream_status = status
         return problem
 
-    def models_request(self, target: Target) -> httpx.Request | None:
-        return httpx.Request("GET", f"{target.base_url}/models", headers=self.headers(target))
+    def models_request(self, target: Target) -> Outgoing | None:
+        return target.get("/models", self.headers(target))
 
     def models(self, body: bytes) -> dict[str, Json]:
         """Accepts `{"data": […]}`, `{"models": […]}` and a bare list (protocol reference 4.10)."""

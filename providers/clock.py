@@ -53,9 +53,9 @@ class Clock:
         self._timer = self._loop.call_at(self._alarm_at, self._look)
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None) -> bool | None:
+    async def __aexit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None) -> None:
         self._timer.cancel()
-        return await self._limit.__aexit__(kind, problem, trace)
+        await self._limit.__aexit__(kind, problem, trace)
 
     def waiting(self) -> None:
         """The upstream's turn: it may be silent for so long."""

@@ -1,9 +1,10 @@
-"""Takes the compression off a body as it arrives, in pieces of bounded size: a small body may stand for a huge one."""
+"""Reads a body as it arrives and takes the compression off, in pieces of bounded size: a small body may stand for a huge one."""
 
 from __future__ import annotations
 
 import zlib
-from typing import Protocol
+from collections.abc import AsyncIterator
+from typing import Protocol, Self
 
 import brotli
 import httpx
@@ -35,6 +36,52 @@ def decoder_for(coding: str) -> Decoder | None:
         case "br":
             return Brotli()
     raise httpx.DecodingError("The answer is compressed in a way that was not asked for.")
+
+
+class Body:
+    """The reader's side of an answer's body, whatever it arrives over: `chunks` and `read` of `exchange.Answer`."""
+
+    __slots__ = ("_decoder",)
+
+    def __init__(self) -> None:
+        self._decoder: Decoder | None = None
+
+    async def arrived(self) -> bytes:
+        """All that has come and was not read yet; waits when there is nothing, and is b"" at the end."""
+        raise NotImplementedError
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        return self
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        # An iterator and not a generator: one that is left in the middle has nothing to clean up.
+        data = await self.arrived() if self._decoder is None else await self._decoded(self._decoder)
+        if not data:
+            raise StopAsyncIteration
+        return data
+
+    async def read(self, limit: int) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        async for part in self:
+            parts.append(part)
+            size += len(part)
+            if size >= limit:
+                break
+        whole = parts[0] if len(parts) == 1 else b"".join(parts)
+        return whole[:limit]
+
+    async def _decoded(self, decoder: Decoder) -> bytes:
+        while not (piece := decoder.piece()):
+            data = await self.arrived()
+            if not data:
+                decoder.end()
+                break
+            decoder.feed(data)
+        return piece
 
 
 class Inflate:

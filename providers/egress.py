@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+import ssl
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -37,19 +39,25 @@ class Egress:
     """What the operator allows besides the public internet."""
 
     allow: tuple[Network, ...] = ()
+    _asked: dict[str, asyncio.Task[list[str]]] = field(default_factory=dict, compare=False, repr=False)
 
     async def addresses(self, host: str, port: int) -> list[str]:
         """The addresses of `host`, each checked. Raises EgressRefused if one may not be reached, OSError if none is found."""
-        try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except socket.gaierror as problem:
-            raise OSError(f"The name {host[:100]} was not found ({problem.strerror}).") from None
-        except UnicodeError:  # a label that is empty or too long is refused before any look-up
-            raise OSError(f"{host[:100]} is not a host name.") from None
-        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        addresses = [host] if _is_address(host) else await self._resolved(host)
         for text in addresses:
             self.check(text)
         return addresses
+
+    async def _resolved(self, host: str) -> list[str]:
+        """One look-up for all who ask for the same name at the same time.
+
+        A look-up that nobody answers keeps a thread busy for half a minute, whoever stops waiting for it, and there are
+        few threads: one slow name must not take them all. Nothing is remembered."""
+        look_up = self._asked.get(host)
+        if look_up is None or look_up.get_loop() is not asyncio.get_running_loop():
+            look_up = self._asked[host] = asyncio.create_task(_look_up(host))
+            look_up.add_done_callback(lambda done: self._asked.pop(host, None) if self._asked.get(host) is done else None)
+        return await asyncio.shield(look_up)
 
     def check(self, text: str) -> None:
         """Raises EgressRefused unless this address is public or allowed."""
@@ -64,6 +72,24 @@ class Egress:
         return address.is_global and not address.is_multicast and not any(address in network for network in _NOT_PUBLIC[address.version])
 
 
+async def _look_up(host: str) -> list[str]:
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except socket.gaierror as problem:
+        raise OSError(f"The name {host[:100]} was not found ({problem.strerror}).") from None
+    except UnicodeError:  # a label that is empty or too long is refused before any look-up
+        raise OSError(f"{host[:100]} is not a host name.") from None
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def _plain(address: Address) -> Address:
     """The IPv4 address inside a mapped, 6to4 or NAT64 one: that is where the packets go."""
     if isinstance(address, ipaddress.IPv6Address):
@@ -76,3 +102,13 @@ def _plain(address: Address) -> Address:
 
 def networks(words: Iterable[str]) -> tuple[Network, ...]:
     return tuple(ipaddress.ip_network(word) for word in words)
+
+
+@lru_cache(maxsize=256)
+def trust(ca_pem: str) -> ssl.SSLContext:
+    """Whose certificates are believed: the system's authorities, and those given. Raises ssl.SSLError for what is none."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    if ca_pem:
+        context.load_verify_locations(cadata=ca_pem)
+    return context

@@ -14,7 +14,15 @@ from typing import NamedTuple, Protocol
 
 import httpx
 
-from providers.failures import UpstreamUnreachable
+from providers.egress import EgressRefused
+from providers.failures import (
+    NoConnectionFree,
+    UpstreamFailure,
+    UpstreamProtocol,
+    UpstreamServer,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
 
 Origin = tuple[str, str, int]  # scheme, host, port
 
@@ -118,3 +126,31 @@ class Transport(Protocol):
 
     async def aclose(self) -> None:
         """End all connections."""
+
+
+# What a transport raises, the particular before the general.
+FAILURES = (TimeoutError, EgressRefused, httpx.TransportError, httpx.DecodingError)
+
+
+def failure_of(problem: Exception) -> UpstreamFailure:
+    """One of FAILURES in the vocabulary that adapters and clients share."""
+    failure = _failure_of(problem)
+    failure.detail = "" if isinstance(problem, EgressRefused) else str(problem)
+    return failure
+
+
+def _failure_of(problem: Exception) -> UpstreamFailure:
+    match problem:
+        case EgressRefused():
+            return UpstreamUnreachable(str(problem))
+        case httpx.PoolTimeout():
+            return NoConnectionFree("Too many calls to this upstream are under way.", retry_after_seconds=1)
+        case httpx.ConnectTimeout():
+            return UpstreamUnreachable("The upstream could not be reached in time.")
+        case httpx.ConnectError() | httpx.UnsupportedProtocol() | httpx.ProxyError():
+            return UpstreamUnreachable("The upstream could not be reached.")
+        case TimeoutError() | httpx.TimeoutException():
+            return UpstreamTimeout("The upstream did not answer in time.")
+        case httpx.ProtocolError() | httpx.DecodingError():
+            return UpstreamProtocol("The upstream's answer was cut off or not HTTP.")
+    return UpstreamServer("The connection to the upstream was lost.")

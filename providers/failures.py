@@ -16,7 +16,8 @@ UpstreamFailure                 what the client sees                another cred
 │   ├── Overloaded              503 overloaded
 │   ├── UpstreamServer          502 upstream_error
 │   ├── UpstreamTimeout         504 upstream_timeout
-│   ├── UpstreamUnreachable     502 upstream_unreachable
+│   ├── UpstreamUnreachable     502 upstream_unreachable            (it never had the request)
+│   │   └── NoConnectionFree    503 overloaded                      all that we allow ourselves to it are in use
 │   └── UpstreamProtocol        502 upstream_bad_response
 └── UpstreamBroke               502 upstream_broke                  no: the stream had begun
 """
@@ -30,6 +31,7 @@ class UpstreamFailure(ApiError):
     """The call reached an upstream, or tried to. `upstream_status` is what it said, where it said anything."""
 
     upstream_status: int | None = None
+    detail = ""  # for operators alone: it may name hosts
 
 
 class UpstreamRefused(UpstreamFailure):
@@ -116,6 +118,11 @@ class UpstreamUnreachable(UpstreamFailed):
     code = "upstream_unreachable"
 
 
+class NoConnectionFree(UpstreamUnreachable):
+    status = 503
+    code = "overloaded"
+
+
 class UpstreamProtocol(UpstreamFailed):
     code = "upstream_bad_response"
 
@@ -127,4 +134,5 @@ class UpstreamBroke(UpstreamFailure):
 
 def gateway_error(problem: UpstreamFailure) -> bool:
     """True for failures that count towards the ejection of a credential: the upstream as such is unwell."""
-    return isinstance(problem, Overloaded | UpstreamServer | UpstreamTimeout | UpstreamUnreachable | UpstreamProtocol)
+    unwell = Overloaded | UpstreamServer | UpstreamTimeout | UpstreamUnreachable | UpstreamProtocol
+    return isinstance(problem, unwell) and not isinstance(problem, NoConnectionFree)

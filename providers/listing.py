@@ -4,68 +4,54 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-
-import httpx
+from contextlib import aclosing
 
 from providers import registry
 from providers.adapter import Target
-from providers.egress import Egress, EgressRefused
-from providers.failures import UpstreamFailure, UpstreamProtocol, UpstreamTimeout, UpstreamUnreachable
-from providers.transport import StockTransport
+from providers.egress import Egress
+from providers.exchange import FAILURES, Transport, Unwatched, failure_of
+from providers.failures import UpstreamFailure, UpstreamProtocol, UpstreamUnreachable
+from providers.transport import PooledTransport
 from providers.wire import Json
 
 MOST_BYTES = 8 << 20
-TIMEOUT = httpx.Timeout(15, connect=5)
 TOTAL_SECONDS = 30.0
 
 Answer = dict[str, Json] | UpstreamFailure
 
 
-def transport_over(egress: Egress) -> httpx.AsyncBaseTransport:
+def transport_over(egress: Egress) -> Transport:
     """The seam that tests replace."""
-    return StockTransport(egress)
+    return PooledTransport(egress)
 
 
 async def ask(targets: Sequence[Target], egress: Egress) -> list[Answer]:
     """One answer for each target, in order, all asked at the same time: what it lists, or why it did not say."""
-    async with transport_over(egress) as transport:
+    async with aclosing(transport_over(egress)) as transport:
         return list(await asyncio.gather(*(_ask_one(target, transport) for target in targets)))
 
 
-async def _ask_one(target: Target, transport: httpx.AsyncBaseTransport) -> Answer:
+async def _ask_one(target: Target, transport: Transport) -> Answer:
     adapter = registry.adapter(target.kind)
-    request = adapter.models_request(target)
-    if request is None:
-        return adapter.listed()
-    request.extensions["timeout"] = TIMEOUT.as_dict()
     try:
+        request = adapter.models_request(target)
+        if request is None:
+            return adapter.listed()
         async with asyncio.timeout(TOTAL_SECONDS):
-            # Straight to the transport: no redirect is followed, and no environment variable has a say.
-            response = await (adapter.transport or transport).handle_async_request(request)
-            response.request = request
+            found = await (adapter.transport or transport).send(request, Unwatched())
             try:
-                body = await _body(response)
+                body = await found.read(MOST_BYTES + 1)
             finally:
-                await response.aclose()
-        if not response.is_success:
-            return adapter.failure(target, response.status_code, response.headers, body)
+                await found.close()
+        if len(body) > MOST_BYTES:
+            raise UpstreamProtocol("The list of models is too large.")
+        if not 200 <= found.status < 300:
+            return adapter.failure(target, found.status, found.headers, body)
         return adapter.models(body)
     except UpstreamFailure as problem:
         return problem
-    except EgressRefused as problem:
-        return UpstreamUnreachable(str(problem))
-    except (TimeoutError, httpx.TimeoutException):
-        return UpstreamTimeout("The upstream did not answer in time.")
-    except (httpx.RemoteProtocolError, httpx.DecodingError):
-        return UpstreamProtocol("The upstream's answer was cut off or not HTTP.")
-    except httpx.TransportError as problem:
-        return UpstreamUnreachable(f"The upstream could not be reached. {problem}".rstrip())
-
-
-async def _body(response: httpx.Response) -> bytes:
-    body = b""
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > MOST_BYTES:
-            raise UpstreamProtocol("The list of models is too large.")
-    return body
+    except FAILURES as problem:
+        failure = failure_of(problem)
+        if isinstance(failure, UpstreamUnreachable):
+            failure.message = f"{failure.message} {failure.detail}".rstrip()
+        return failure

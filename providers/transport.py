@@ -1,88 +1,220 @@
-"""The seam to the network: an `httpx.AsyncBaseTransport` behind the egress check, and the ladder of timeouts.
+"""The way out to upstreams: HTTP/1.1 over connections that are kept, behind the egress check.
 
-httpx's own transport serves here for now; tests put `httpx.MockTransport` in its place.
+A connection is kept by its place (origin, authorities, credential); the one used last goes out first, and none is used
+again after anything went wrong on it. A request is sent once, and once more only when a kept connection turns out to
+have died before any byte of an answer. Outgoing proxies are left to httpx's own transport (`over_httpx.py`).
 """
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import ssl
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from itertools import pairwise
+from collections.abc import AsyncIterator
 from typing import Any
 
-import httpcore
 import httpx
 
-from providers.egress import Egress
+from providers.clock import Timeouts
+from providers.egress import Egress, trust
+from providers.exchange import Answer, Origin, Outgoing, Place, Unwatched, Watch, place_of
+from providers.failures import UpstreamUnreachable
+from providers.http1 import Connection, request_head
+from providers.over_httpx import OverHttpx, ProxiedTransport
+from providers.pool import Pool
+
+MOST_CONNECTIONS = 1000  # to one origin, for all credentials together
+IDLE_SECONDS = 30.0
+PROXIED_CHECK_SECONDS = 60.0
+# For a peer to say goodbye on a TLS connection.
+GOODBYE_SECONDS = 2.0
+
+# A call may wait ten minutes for its first byte. Without a sign of life a firewall on the way forgets the connection,
+# and a peer that has vanished is waited for to the end.
+_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
 
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    """All in seconds. The first four rise strictly, so that each can fire before the one around it."""
+class PooledTransport(httpx.AsyncBaseTransport):
+    """`send` is the native call (see `exchange.Transport`); httpx's own is wrapped around it."""
 
-    pool_wait_seconds: float = 2
-    connect_seconds: float = 5
-    first_byte_seconds: float = 600
-    total_seconds: float = 1800
-    idle_seconds: float = 300
-    heartbeat_seconds: float = 15
-    drain_seconds: float = 120
-
-    def __post_init__(self) -> None:
-        ladder = [field.name for field in fields(self)][:4]
-        for inner, outer in pairwise(ladder):
-            if not getattr(self, inner) < getattr(self, outer):
-                raise ValueError(f"{inner} must be less than {outer}.")
-        if not self.heartbeat_seconds < self.idle_seconds < self.total_seconds:
-            raise ValueError("heartbeat_seconds, idle_seconds and total_seconds must rise in this order.")
-
-    def for_httpx(self) -> dict[str, float]:
-        # Reading is watched by the trip itself, which knows first byte from idle.
-        return {"pool": self.pool_wait_seconds, "connect": self.connect_seconds, "write": self.idle_seconds}
-
-
-class CheckedBackend(httpcore.AsyncNetworkBackend):
-    """Connects only to addresses that the egress check has passed, and to those exactly."""
-
-    def __init__(self, egress: Egress) -> None:
-        self._egress = egress
-        self._network = httpcore.AnyIOBackend()
-
-    async def connect_tcp(
+    def __init__(
         self,
-        host: str,
-        port: int,
-        timeout: float | None = None,  # noqa: ASYNC109 the library's own signature
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        try:
-            addresses = await self._egress.addresses(host, port)
-        except OSError as problem:
-            raise httpcore.ConnectError(str(problem)) from problem
-        for last, address in enumerate(addresses, start=1 - len(addresses)):
+        egress: Egress,
+        timeouts: Timeouts | None = None,
+        *,
+        most_connections: int = MOST_CONNECTIONS,
+        idle_seconds: float = IDLE_SECONDS,
+    ) -> None:
+        self._egress = egress
+        self._timeouts = timeouts or Timeouts()
+        self._most_connections = most_connections
+        self._idle_seconds = idle_seconds
+        self._pools: dict[Origin, Pool] = {}
+        self._sweep_timer: asyncio.TimerHandle | None = None
+        self._proxied: dict[Place, OverHttpx] = {}
+        self._proxied_until: dict[Origin, float] = {}
+
+    async def send(self, call: Outgoing, watch: Watch) -> Answer:
+        place = call.place
+        if place.proxy_url:
+            return await (await self._by_proxy(place)).send(call, watch)
+        head = request_head(call)
+        pool = self._pool(place.origin)
+        kept = pool.take(place) or await pool.room(place, self._timeouts.pool_wait_seconds)
+        if kept is not None:
             try:
-                return await self._network.connect_tcp(address, port, timeout, local_address, socket_options)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout):
-                if last == 0:
+                return await kept.ask(head, call.body, watch)
+            except httpx.TransportError:
+                if kept.touched:
                     raise
-        raise httpcore.ConnectError(f"{host} has no address.")
+            # It had died while it was kept, so nobody has read the request: this one time it is sent again.
+            pool = self._pool(place.origin)
+            await pool.room(None, self._timeouts.pool_wait_seconds)
+        connection = await self._connect(place, pool)
+        return await connection.ask(head, call.body, watch)
 
-    async def sleep(self, seconds: float) -> None:
-        await self._network.sleep(seconds)
+    async def aclose(self) -> None:
+        """End all connections that are free; those in use end with their answers."""
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+            self._sweep_timer = None
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+        for proxied in self._proxied.values():
+            await proxied.aclose()
+        self._proxied.clear()
+
+    # Connections
+
+    def _pool(self, origin: Origin) -> Pool:
+        pool = self._pools.get(origin)
+        if pool is None:
+            pool = self._pools[origin] = Pool(self._most_connections)
+            if self._sweep_timer is None:
+                self._sweep_later()
+        return pool
+
+    async def _connect(self, place: Place, pool: Pool) -> Connection:
+        """A new connection, in the room that is reserved for it. Raises httpx.ConnectError, ConnectTimeout, EgressRefused."""
+        connection = None
+        try:
+            async with asyncio.timeout(self._timeouts.connect_seconds):
+                connection = await self._reach(place, pool)
+        except TimeoutError:
+            raise httpx.ConnectTimeout("") from None
+        except ssl.SSLCertVerificationError as problem:
+            raise httpx.ConnectError(f"Its certificate was not accepted: {problem.verify_message}.") from None
+        except OSError as problem:  # an ssl.SSLError is one
+            raise httpx.ConnectError(f"{problem.strerror or problem}") from None
+        finally:
+            if connection is None:
+                pool.leave()
+        pool.hold(connection)
+        return connection
+
+    async def _reach(self, place: Place, pool: Pool) -> Connection:
+        """To the first of its addresses that answers, each in its share of the time. All have been checked."""
+        loop = asyncio.get_running_loop()
+        scheme, host, port = place.origin
+        until = loop.time() + self._timeouts.connect_seconds
+        addresses = await self._egress.addresses(host, port)
+        secure: dict[str, Any] = {}
+        if scheme == "https":
+            secure = {"ssl": trust(place.ca_pem), "server_hostname": host.rstrip("."), "ssl_shutdown_timeout": GOODBYE_SECONDS}
+        problem: OSError = OSError("The name has no address.")
+        for number, address in enumerate(addresses):
+            now = loop.time()
+            try:
+                async with asyncio.timeout_at(now + (until - now) / (len(addresses) - number)):
+                    transport, connection = await loop.create_connection(lambda: Connection(place, pool), address, port, **secure)
+            except OSError as said:  # a TimeoutError is one
+                problem = said
+                continue
+            _keep_alive(transport.get_extra_info("socket"))
+            return connection
+        raise problem
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        for origin, pool in list(self._pools.items()):
+            pool.end_idle(loop.time() - self._idle_seconds)
+            if not pool.taken:
+                del self._pools[origin]
+        self._sweep_timer = None
+        if self._pools:
+            self._sweep_later()
+
+    def _sweep_later(self) -> None:
+        self._sweep_timer = asyncio.get_running_loop().call_later(self._idle_seconds / 6, self._sweep)
+
+    async def _by_proxy(self, place: Place) -> OverHttpx:
+        """The proxy looks the name up once more and may find another address; what we find ourselves must be allowed."""
+        now = asyncio.get_running_loop().time()
+        if self._proxied_until.get(place.origin, 0.0) < now:
+            try:
+                async with asyncio.timeout(self._timeouts.connect_seconds):
+                    await self._egress.addresses(*place.origin[1:])
+            except OSError:
+                pass  # where all goes through proxies, often the proxy alone knows names
+            self._proxied_until[place.origin] = now + PROXIED_CHECK_SECONDS
+        if place not in self._proxied:
+            self._proxied[place] = OverHttpx(ProxiedTransport(self._egress, place), self._timeouts)
+        return self._proxied[place]
+
+    # For those who speak httpx
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """The `read` timeout of its extension holds for the head and for each part of the body; other timeouts are our own."""
+        call = await outgoing_of(request)
+        read_seconds = request.extensions.get("timeout", {}).get("read")
+        try:
+            async with asyncio.timeout(read_seconds):
+                answer = await self.send(call, Unwatched())
+        except TimeoutError:
+            raise httpx.ReadTimeout("The upstream did not answer in time.") from None
+        # The body comes decompressed.
+        headers = {name: value for name, value in answer.headers.items() if name not in ("content-encoding", "content-length")}
+        return httpx.Response(answer.status, headers=headers, stream=_Stream(answer, read_seconds))
 
 
-class StockTransport(httpx.AsyncHTTPTransport):
-    """httpx's own transport over the checked door."""
+class _Stream(httpx.AsyncByteStream):
+    def __init__(self, answer: Answer, read_seconds: float | None) -> None:
+        self._answer = answer
+        self._read_seconds = read_seconds
 
-    def __init__(self, egress: Egress, **options: Any) -> None:
-        super().__init__(trust_env=False, **options)
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=ssl.create_default_context(),
-            # No cap: httpcore 1.0 can lose a slot of its pool when a call is cancelled while it waits for one.
-            max_connections=None,
-            max_keepalive_connections=100,
-            keepalive_expiry=30,
-            network_backend=CheckedBackend(egress),
-        )
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        chunks = self._answer.chunks()
+        while True:
+            try:
+                async with asyncio.timeout(self._read_seconds):
+                    chunk = await anext(chunks, b"")
+            except TimeoutError:
+                raise httpx.ReadTimeout("The upstream fell silent.") from None
+            if not chunk:
+                return
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._answer.close()
+
+
+async def outgoing_of(request: httpx.Request) -> Outgoing:
+    """The same request as a value. Raises httpx.UnsupportedProtocol for an address that is not plain http or https."""
+    url = request.url
+    try:
+        place, _ = place_of(f"{url.scheme}://{'@' if url.userinfo else ''}{url.netloc.decode('ascii')}")
+    except UpstreamUnreachable as problem:
+        raise httpx.UnsupportedProtocol(problem.message) from None
+    ours = {b"host", b"content-length", b"transfer-encoding", b"connection"}
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in request.headers.raw if name.lower() not in ours}
+    return Outgoing(request.method, place, url.raw_path.decode("ascii"), headers, await request.aread())
+
+
+def _keep_alive(connection: socket.socket | None) -> None:
+    if connection is None:
+        return
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, seconds in _KEEPALIVE.items():
+        if hasattr(socket, name):  # macOS names the first one otherwise, and its default will do
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)

@@ -15,13 +15,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-import httpx
-
 from accounts.principal import Principal
 from providers import wire
 from providers.adapter import Ask, Target
-from providers.failures import CredentialRefused, UpstreamBroke, UpstreamFailed, UpstreamFailure, UsageOptionRefused
-from providers.transport import Timeouts
+from providers.clock import Clock, Timeouts
+from providers.exchange import Transport
+from providers.failures import CredentialRefused, UpstreamBroke, UpstreamFailed, UpstreamFailure, UpstreamUnreachable, UsageOptionRefused
 from providers.wire import ApiError
 from proxy.call import Admission, Asked, Incoming, Message, Outcome, Receive, Scope, Send, new_request_id
 from proxy.catalog import Catalog, Current
@@ -80,7 +79,7 @@ class Gateway:
     limits: LimitStore
     health: Health
     journal: Callable[[], Journal]
-    transport: httpx.AsyncBaseTransport
+    transport: Transport
     site: Site
     timeouts: Timeouts = field(default_factory=Timeouts)
     refusals: Refusals = field(default_factory=Refusals)
@@ -203,31 +202,31 @@ class Gateway:
     ) -> None:
         outcome.begin(target, catalog.prices.find(target.public_model, incoming.at))
         request = translate.outgoing(ask, target)
-        clock = upstream.Clock(self.timeouts, deadline)
+        clock = Clock(self.timeouts, deadline)
         outcome.reached = True
         try:
-            async with upstream.answer(self.transport, request, target, clock, self.timeouts) as response:
-                if not 200 <= response.status_code < 300:
-                    body = await upstream.error_body(response, clock)
-                    raise translate.failure(target, response.status_code, response.headers, body)
+            async with upstream.answer(self.transport, request, target, clock) as response:
+                if not 200 <= response.status < 300:
+                    body = await upstream.error_body(response)
+                    raise translate.failure(target, response.status, response.headers, body)
                 outcome.first_byte = time.monotonic()
                 if ask.stream:
                     reader = translate.reader(ask, target)
                     try:
-                        await respond.stream(reply, upstream.chunks(response, clock), reader)
+                        await respond.stream(reply, response.chunks(), reader)
                     finally:
                         outcome.tokens, outcome.output_estimate = reader.tokens, reader.estimated_output()
                         outcome.complete = reader.finished
                 else:
-                    body = await upstream.whole_body(response, clock)
-                    answer = translate.whole(ask, target, body, response.headers.get("content-type", ""))
+                    body = await upstream.whole_body(response)
+                    answer = translate.whole(ask, target, body, response.content_type)
                     outcome.tokens, outcome.output_estimate = answer.tokens, len(answer.body) // 4
                     await reply.whole(200, answer.body, answer.content_type)
             self.health.succeeded(target)
         except UpstreamFailure as problem:
             if outcome.complete:
                 return await reply.end()  # lost after its last event: the client misses nothing
-            if not reply.content_sent and (problem.upstream_status or problem.code == "upstream_unreachable"):
+            if not reply.content_sent and (problem.upstream_status or isinstance(problem, UpstreamUnreachable)):
                 outcome.reached = False  # it refused, or never had the request: nothing is billed
             raise
 
@@ -321,10 +320,11 @@ def note(target: Target, problem: UpstreamFailure, incoming: Incoming) -> None:
     level = logging.WARNING if isinstance(problem, CredentialRefused | UpstreamFailed) else logging.INFO
     log.log(
         level,
-        "Request %s: credential %s (%s) answered %s: %s",
+        "Request %s: credential %s (%s) answered %s: %s %s",
         incoming.id,
         target.credential_id,
         target.label,
         problem.code,
         problem.message,
+        problem.detail,
     )

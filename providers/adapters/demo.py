@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import httpx
-
 from providers.adapter import OpenAICompatible, Target
 from providers.demo_server import MODELS, DemoTransport
+from providers.exchange import Outgoing
+from providers.over_httpx import OverHttpx
 from providers.wire import Json
 
 
@@ -16,9 +16,9 @@ class Demo(OpenAICompatible):
     free = True
     needs_secret = False
     endpoints = frozenset({"chat/completions", "completions", "responses", "embeddings", "moderations", "rerank"})
-    transport = DemoTransport()
+    transport = OverHttpx(DemoTransport())
 
-    def models_request(self, target: Target) -> httpx.Request | None:
+    def models_request(self, target: Target) -> Outgoing | None:
         return None
 
     def listed(self) -> dict[str, Json]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import httpx
 import msgspec
 
 from providers import registry, wire
 from providers.adapter import Ask, Reader, Target, Whole
+from providers.exchange import Outgoing
 from providers.failures import UpstreamFailure
 from providers.wire import Head, Json
 from proxy.call import Asked
@@ -72,8 +72,8 @@ def ask_of(asked: Asked, request_id: str, *, add_usage_option: bool) -> Ask:
     )
 
 
-def outgoing(ask: Ask, target: Target) -> httpx.Request:
-    """Raises InvalidRequest for an endpoint that this upstream does not have."""
+def outgoing(ask: Ask, target: Target) -> Outgoing:
+    """Raises InvalidRequest for an endpoint that this upstream does not have, UpstreamFailure for an address that is none."""
     adapter = registry.adapter(target.kind)
     if ask.endpoint not in adapter.endpoints:
         raise InvalidRequest(

@@ -17,7 +17,7 @@ from django.core.management.base import SystemCheckError
 from pytest_django import Settings
 
 from project import checks, env
-from providers.transport import Timeouts
+from providers.clock import Timeouts
 
 Say = Callable[..., list[CheckMessage]]
 

@@ -18,6 +18,7 @@ from accounts.models import AuditEntry, Organization, User
 from providers import listing
 from providers.actions import add_credential, secret_of, set_price
 from providers.models import Credential, KeyringCanary, Price, State, UpstreamModel
+from providers.over_httpx import OverHttpx
 
 pytestmark = pytest.mark.django_db
 
@@ -60,7 +61,7 @@ def mine() -> Credential:
 @pytest.fixture
 def upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     answer = httpx.Response(200, json={"data": [{"id": "a"}, {"id": "b"}]})
-    monkeypatch.setattr(listing, "transport_over", lambda egress: httpx.MockTransport(lambda request: answer))
+    monkeypatch.setattr(listing, "transport_over", lambda egress: OverHttpx(httpx.MockTransport(lambda request: answer)))
     return iter(())
 
 
@@ -164,7 +165,7 @@ def test_models_are_asked_for_from_the_list_and_from_the_page(olga: Operator, mi
 
 def test_an_upstreams_refusal_is_shown_without_the_secret(olga: Operator, mine: Credential, monkeypatch: pytest.MonkeyPatch):
     answer = httpx.Response(400, json={"error": {"message": f"No: <b>no</b> {SECRET}"}})
-    monkeypatch.setattr(listing, "transport_over", lambda egress: httpx.MockTransport(lambda request: answer))
+    monkeypatch.setattr(listing, "transport_over", lambda egress: OverHttpx(httpx.MockTransport(lambda request: answer)))
 
     page = olga.post("credential/", action="refresh_chosen", _selected_action=[mine.pk])
 

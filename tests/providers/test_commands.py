@@ -13,6 +13,7 @@ from accounts.models import Organization
 from providers import listing
 from providers.actions import secret_of
 from providers.models import Credential, Price
+from providers.over_httpx import OverHttpx
 
 pytestmark = pytest.mark.django_db
 
@@ -130,7 +131,7 @@ def test_refresh_models_tells_of_each_and_succeeds_whatever_one_says(monkeypatch
             return httpx.Response(401, json={"error": {"message": f"no {SECRET}"}})
         return httpx.Response(200, json={"data": [{"id": "a"}]})
 
-    monkeypatch.setattr(listing, "transport_over", lambda egress: httpx.MockTransport(answer))
+    monkeypatch.setattr(listing, "transport_over", lambda egress: OverHttpx(httpx.MockTransport(answer)))
     for label, host in (("Good", "good"), ("Bad", "bad")):
         run(
             monkeypatch, "add_credential", "openai", "--label", label, "--base-url", f"http://{host}.example.org", "--secret-stdin",

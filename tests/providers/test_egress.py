@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from providers.egress import Egress, EgressRefused, networks
-from providers.transport import StockTransport
+from providers.transport import PooledTransport
 
 PUBLIC = ["1.1.1.1", "93.184.216.34", "2606:4700:4700::1111", "::ffff:1.1.1.1", "64:ff9b::101:101", "2002:101:101::"]
 INNER = {
@@ -137,7 +137,7 @@ async def test_no_way_of_writing_loopback_reaches_it(url: str):
 
     server = await asyncio.start_server(seen, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    async with server, StockTransport(Egress()) as transport:
+    async with server, PooledTransport(Egress()) as transport:
         with pytest.raises((EgressRefused, httpx.TransportError, httpx.InvalidURL)):
             await transport.handle_async_request(httpx.Request("GET", url.format(port=port)))
 
@@ -154,7 +154,7 @@ async def test_what_is_allowed_is_reached_and_at_the_address_that_was_checked(mo
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     resolving(monkeypatch, "127.0.0.1")
-    async with server, StockTransport(Egress((ipaddress.ip_network("127.0.0.1/32"),))) as transport:
+    async with server, PooledTransport(Egress((ipaddress.ip_network("127.0.0.1/32"),))) as transport:
         response = await transport.handle_async_request(httpx.Request("GET", f"http://llm.example.org:{port}/"))
         body = await response.aread()
 
@@ -170,7 +170,7 @@ async def test_a_redirect_is_not_followed():
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    async with server, StockTransport(Egress((ipaddress.ip_network("127.0.0.1/32"),))) as transport:
+    async with server, PooledTransport(Egress((ipaddress.ip_network("127.0.0.1/32"),))) as transport:
         response = await transport.handle_async_request(httpx.Request("GET", f"http://127.0.0.1:{port}/"))
         await response.aclose()
 

@@ -11,9 +11,10 @@ import httpx
 import pytest
 
 from accounts.principal import Limit, Principal, digest, mint
+from providers.clock import Timeouts
+from providers.over_httpx import OverHttpx
 from providers.price import Price, PriceBook
 from providers.secrets import SecretText
-from providers.transport import Timeouts
 from proxy import journal as journals
 from proxy.catalog import Catalog, Current, Upstream
 from proxy.gateway import ENDPOINTS, Gateway
@@ -97,7 +98,7 @@ class House:
             limits=self.limits,
             health=Health(),
             journal=lambda: self.journal,
-            transport=httpx.MockTransport(answer),
+            transport=OverHttpx(httpx.MockTransport(answer)),
             site=Site(),
             timeouts=timeouts or Timeouts(),
             refusals=self.refusals,
