@@ -109,7 +109,7 @@ class CredentialAdmin(ModelAdmin):
         fieldsets = [
             (None, {"fields": ("kind_label", *account) if obj else account}),
             ("Use", {"fields": (*use, "state") if obj else use}),
-            ("Settings", {"fields": ("settings",), "description": "For every kind: pass_through, listed_only, proxy_url."}),
+            ("Settings", {"fields": ("settings",), "description": "For every kind: pass_through, listed_only, proxy_url, ca_pem."}),
         ]
         if obj:
             fieldsets.append(("Now", {"fields": ("has_secret", "listed", "models_refreshed_at", "last_error", "created_at")}))

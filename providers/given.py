@@ -6,6 +6,7 @@ Every function raises ValidationError keyed by the field, so that a form, a comm
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from urllib.parse import urlsplit
@@ -16,7 +17,7 @@ from providers import registry
 from providers.adapter import Adapter
 
 FLAGS = frozenset({"pass_through", "listed_only"})
-EVERY_KIND = FLAGS | {"proxy_url"}
+EVERY_KIND = FLAGS | {"proxy_url", "ca_pem"}
 WORDS_FOR_FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 MICRO = 1_000_000
 DEAREST_USD = 1_000_000  # per million tokens: more is a slip of the keyboard
@@ -92,6 +93,19 @@ def _setting(name: str, text: str) -> object:
         return WORDS_FOR_FLAGS[text.lower()]
     if name == "proxy_url":
         return _http_address("settings", text, "http://proxy.example.org:3128")
+    if name == "ca_pem":
+        return _authorities(text)
+    return text
+
+
+def _authorities(text: str) -> str:
+    """Certificates as PEM. A path would mean another file on every machine, or one that is none of the giver's business."""
+    try:
+        ssl.create_default_context(cadata=text)
+    except (ssl.SSLError, ValueError, TypeError):
+        raise ValidationError(
+            {"settings": "'ca_pem' is the text of one or more certificates, which begins with -----BEGIN CERTIFICATE-----."}
+        ) from None
     return text
 
 

@@ -171,6 +171,8 @@ def test_a_shared_account_serves_all_and_an_organizations_own_only_it():
         ("settings", {"settings": {"pass_through": "maybe"}}, "1 or 0"),
         ("settings", {"settings": {"listed_only": ["1"]}}, "one value"),
         ("settings", {"settings": {"proxy_url": "ftp://x"}}, "not an address"),
+        ("settings", {"settings": {"ca_pem": "/etc/ssl/ca.pem"}}, "BEGIN CERTIFICATE"),
+        ("settings", {"settings": {"ca_pem": "ünlesbar"}}, "BEGIN CERTIFICATE"),
         ("settings", {"settings": {"proxy_url": "http://user:pass@proxy:1"}}, "no user name"),
     ],
 )
