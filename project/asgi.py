@@ -67,8 +67,13 @@ async def probe(path: str, send: Send) -> None:
     """`/healthz`: the process answers. `/readyz`: it also takes requests (and starts, where no lifespan event said so)."""
     if path == "/readyz" and settings.SERVE_ONLY != "web":
         await started()
-    good = path == "/healthz" or runtime.ready or settings.SERVE_ONLY == "web"
-    await say(200 if good else 503, b'{"status":"ok"}' if good else b'{"status":"starting"}', send)
+    if path == "/healthz":
+        status = "ok"
+    elif runtime.unready:
+        status = sorted(runtime.unready)[0]
+    else:
+        status = "ok" if runtime.ready or settings.SERVE_ONLY == "web" else "starting"
+    await say(200 if status == "ok" else 503, encode_json({"status": status}), send)
 
 
 async def say(status: int, body: bytes, send: Send) -> None:

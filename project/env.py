@@ -55,6 +55,14 @@ class Env:
     total_seconds: float
     heartbeat_seconds: float
     drain_seconds: float
+    drain_delay: float
+    head_seconds: float
+    body_idle_seconds: float
+    body_slow_seconds: float
+    keep_alive_seconds: float
+    reader_seconds: float
+    stall_seconds: float
+    open_requests: int
 
     @property
     def one_process(self) -> bool:
@@ -97,6 +105,14 @@ def read(environment: Mapping[str, str] = os.environ) -> Env:
         total_seconds=say.seconds("TOTAL_SECONDS", 1800),
         heartbeat_seconds=say.seconds("HEARTBEAT_SECONDS", 15),
         drain_seconds=say.seconds("DRAIN_SECONDS", 120),
+        drain_delay=say.seconds("DRAIN_DELAY", 0, may_be_none=True),
+        head_seconds=say.seconds("HEAD_SECONDS", 10),
+        body_idle_seconds=say.seconds("BODY_IDLE_SECONDS", 15),
+        body_slow_seconds=say.seconds("BODY_SLOW_SECONDS", 60),
+        keep_alive_seconds=say.seconds("KEEP_ALIVE_SECONDS", 75),
+        reader_seconds=say.seconds("READER_SECONDS", 60),
+        stall_seconds=say.seconds("STALL_SECONDS", 1),
+        open_requests=say.number("OPEN_REQUESTS", 1000, least=1),
     )
 
 
@@ -143,10 +159,10 @@ class _Reader:
             raise ImproperlyConfigured(f"{name}: {value} is not between {least} and {most}.")
         return value
 
-    def seconds(self, name: str, default: float) -> float:
+    def seconds(self, name: str, default: float, *, may_be_none: bool = False) -> float:
         value = self._parsed(name, default, float, "a number of seconds")
-        if not 0 < value < 1e9:
-            raise ImproperlyConfigured(f"{name}: {value} is not a number of seconds above 0.")
+        if not (0 < value < 1e9 or (may_be_none and value == 0)):
+            raise ImproperlyConfigured(f"{name}: {value} is not a number of seconds {'from' if may_be_none else 'above'} 0.")
         return value
 
     def flag(self, name: str, *, default: bool) -> bool:

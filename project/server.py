@@ -1,30 +1,116 @@
-"""How the application is served: uvicorn by default, Daphne where websockets and pages are all that is wanted."""
+"""How the application is served: uvicorn with our guard at the socket and a drain that leaves nothing unsettled."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import resource
 import signal
+import socket
+from collections.abc import Callable
 from types import FrameType
+from typing import Any, cast
 
 import uvicorn
 
+from project.env import Env
+from project.guard import Guard, GuardedProtocol, Limits
+from project.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+DRAINING = "draining"
+# Past the drain: for the answers' last events, and then for what is cut off.
+SETTLE_SECONDS = 5.0
+CUT_SECONDS = 1.0
+# A request may hold its own connection and one to an upstream; beside them there are the database, the journal and the log.
+OTHER_FILES = 64
+MOST_FILES = 65_536
+TICK_SECONDS = 0.1
+
 
 class Server(uvicorn.Server):
-    """Drains on the first signal and then ends by itself, with exit status 0: a drain is no failure."""
+    """Drains on the first signal and then ends by itself, with exit status 0: a drain is no failure.
+
+    `unready` are the reasons for which this process should get no new requests just now; the readiness probe says them."""
+
+    def __init__(self, config: uvicorn.Config, guard: Guard, env: Env, unready: set[str]) -> None:
+        super().__init__(config)
+        self.guard = guard
+        self.unready = unready
+        self.drain_delay, self.drain_seconds = env.drain_delay, env.drain_seconds
+        self.watchdog = Watchdog(unready, env.stall_seconds)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True  # asked twice by hand: at once, then
-        self.should_exit = True
+        self.should_exit = self.guard.draining = True
+        self.unready.add(DRAINING)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._tick()
+        await super().startup(sockets)
+        self._tick()
+        self.watchdog.start()
+
+    async def on_tick(self, counter: int) -> bool:
+        self._tick()
+        return await super().on_tick(counter)
+
+    def _tick(self) -> None:
+        self.watchdog.beat()
+        self.guard.look_after(self.server_state.connections, asyncio.get_running_loop().time())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.guard.draining = True
+        self.unready.add(DRAINING)
+        if self.drain_delay:
+            log.info("Draining: accepting for %g s more", self.drain_delay)
+            await self._pass(self.drain_delay, lambda: False)
+        for server in self.servers:
+            server.close()
+        connections, tasks = self.server_state.connections, self.server_state.tasks
+        for connection in list(connections):
+            connection.shutdown()
+        log.info("Draining: %d requests are open and may take %g s more", len(tasks), self.drain_seconds)
+        await self._pass(self.drain_seconds, lambda: not connections and not tasks)
+        if not self.force_exit:
+            await self._cut()
+            await self.lifespan.shutdown()
+        self.watchdog.end()
+
+    async def _cut(self) -> None:
+        """End what is still open. Each request says so to its client and settles; lifespan ends only after that."""
+        connections, tasks = self.server_state.connections, self.server_state.tasks
+        if tasks:
+            log.warning("Draining: %d requests are cut", len(tasks))
+        for task in list(tasks):
+            task.cancel()
+        await self._pass(SETTLE_SECONDS, lambda: not connections and not tasks)
+        for connection in list(connections):
+            cast(GuardedProtocol, connection).transport.abort()
+        await self._pass(CUT_SECONDS, lambda: not tasks)
+
+    async def _pass(self, seconds: float, done: Callable[[], bool]) -> None:
+        """Wait until it is done, at most so long; deadlines of connections go on."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while not done() and not self.force_exit and loop.time() < end:
+            await asyncio.sleep(min(TICK_SECONDS, seconds))
+            self._tick()
 
 
-def run_uvicorn(host: str, port: int, *, drain_seconds: float) -> int:
+def run_uvicorn(host: str, port: int, env: Env) -> int:
     """Serve until a signal. The exit status: 0 after a drain, 1 when the start failed."""
+    from project.asgi import is_gateways, runtime
+
+    guard = Guard(limits_of(env, allow_files()), limits_bodies=is_gateways)
     config = uvicorn.Config(
         "project.asgi:application",
         host=host,
         port=port,
         loop="auto",
-        http="httptools",
+        http=cast(Any, guard.protocol),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -32,11 +118,32 @@ def run_uvicorn(host: str, port: int, *, drain_seconds: float) -> int:
         server_header=False,
         date_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=round(drain_seconds),
     )
-    server = Server(config)
+    server = Server(config, guard, env, runtime.unready)
     server.run()
     return 0 if server.started else 1
+
+
+def limits_of(env: Env, files: int) -> Limits:
+    return Limits(
+        head_seconds=env.head_seconds,
+        body_idle_seconds=env.body_idle_seconds,
+        body_slow_seconds=env.body_slow_seconds,
+        keep_alive_seconds=env.keep_alive_seconds,
+        reader_seconds=env.reader_seconds,
+        open_requests=env.open_requests,
+        connections=max(1, (files - OTHER_FILES) // 2),
+    )
+
+
+def allow_files() -> int:
+    """Let this process open as many files as the system lets it. The number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return MOST_FILES if soft == resource.RLIM_INFINITY else soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 def run_daphne(host: str, port: int) -> int:

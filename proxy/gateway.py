@@ -24,7 +24,7 @@ from providers.failures import CredentialRefused, UpstreamBroke, UpstreamFailed,
 from providers.wire import ApiError
 from proxy.call import Admission, Asked, Incoming, Message, Outcome, Receive, Scope, Send, new_request_id
 from proxy.catalog import Catalog, Current
-from proxy.errors import ClientClosed, GatewayError, InvalidRequest, ModelNotFound, TooLarge, UnknownPath, WrongMethod
+from proxy.errors import ClientClosed, GatewayError, InvalidRequest, ModelNotFound, TooLarge, Unavailable, UnknownPath, WrongMethod
 from proxy.http import Site, client_address, cors_headers, header_dict, host_is_allowed, preflight
 from proxy.journal import Journal
 from proxy.pipeline import respond, translate, upstream
@@ -159,6 +159,8 @@ class Gateway:
             else:
                 outcome.status, outcome.error = (499, "client_closed") if outcome.client_left else (503, "shutdown")
             if not outcome.client_left:
+                if not outcome.complete:
+                    await reply.error(Unavailable("The gateway is being stopped. Try again.", code="shutdown", retry_after_seconds=1))
                 raise
             task.uncancel()
         except Exception:

@@ -45,6 +45,14 @@ VARIABLES: dict[str, tuple[Any, str, Any, str | None]] = {
     "TOTAL_SECONDS": (1800, "900", 900.0, "inf"),
     "HEARTBEAT_SECONDS": (15, "0.2", 0.2, "0"),
     "DRAIN_SECONDS": (120, "10", 10.0, """ 5 s """),
+    "DRAIN_DELAY": (0, "0", 0.0, "-1"),
+    "HEAD_SECONDS": (10, "5", 5.0, "0"),
+    "BODY_IDLE_SECONDS": (15, "5", 5.0, "0"),
+    "BODY_SLOW_SECONDS": (60, "30", 30.0, "0"),
+    "KEEP_ALIVE_SECONDS": (75, "5", 5.0, "0"),
+    "READER_SECONDS": (60, "30", 30.0, "0"),
+    "STALL_SECONDS": (1, "2", 2.0, "0"),
+    "OPEN_REQUESTS": (1000, "5000", 5000, "0"),
 }
 
 

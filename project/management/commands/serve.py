@@ -33,6 +33,6 @@ class Command(BaseCommand):
         settings.SERVE_ONLY = only
         self.stdout.write(f"Sluice starts on http://{host}:{port}")
         self.stdout.flush()
-        status = run_daphne(host, port) if server == "daphne" else run_uvicorn(host, port, drain_seconds=settings.ENV.drain_seconds)
+        status = run_daphne(host, port) if server == "daphne" else run_uvicorn(host, port, settings.ENV)
         if status:
             raise SystemExit(status)

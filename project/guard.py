@@ -1,0 +1,566 @@
+"""The guard at the socket: uvicorn's protocol, with the deadlines, limits and framing rules that it leaves to others.
+
+One `Guard` holds the limits of a process and looks after all its connections, about once a second: a request needs no
+timer of its own, only a note of when it began. Each connection is a `GuardedProtocol`, which refuses what it should not
+serve in OpenAI's shape, before the application hears of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import functools
+import logging
+import re
+import struct
+import termios
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+from urllib.parse import unquote
+
+import httptools
+from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from providers.wire import ApiError, encode_json
+from proxy.call import Message, Scope, new_request_id
+from proxy.errors import GatewayError, InvalidRequest, TooLarge, Unavailable
+
+log = logging.getLogger(__name__)
+
+MOST_HEAD_BYTES = 32 << 10
+MOST_FIELDS = 100
+MOST_URL_BYTES = 8 << 10
+LEAST_BODY_BYTES_PER_SECOND = 64 << 10
+# A client may send its next requests before it has its answer. So many wait; more are not worth the memory.
+MOST_PIPELINED = 16
+
+# After a refusal the client may still be sending. Closing at once would reset the connection, and the answer might be lost.
+LINGER_SECONDS = 1.0
+MOST_DISCARDED_BYTES = 1 << 20
+
+PROBES = frozenset({"/healthz", "/readyz"})
+# Header fields that say how to read the request: each may come once.
+DECISIVE = frozenset({b"host", b"expect", b"transfer-encoding", b"content-length"})
+CONTINUE = b"100-continue"
+HOST = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+
+# What a connection is doing on its way in.
+OPENED, IDLE, HEAD, BODY, READ, REFUSED = range(6)
+
+
+class BadFraming(InvalidRequest):
+    code = "invalid_http"
+
+
+class TooSlow(GatewayError):
+    status = 408
+    code = "request_timeout"
+
+
+class UrlTooLong(GatewayError):
+    status = 414
+    code = "url_too_long"
+
+
+class UnknownExpectation(GatewayError):
+    status = 417
+    code = "unknown_expectation"
+
+
+class HeadTooLarge(GatewayError):
+    status = 431
+    code = "headers_too_large"
+
+
+class Busy(Unavailable):
+    code = "too_many_requests_open"
+
+
+class UnknownVersion(GatewayError):
+    status = 505
+    code = "unknown_http_version"
+
+
+class ServerFailed(GatewayError):
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+
+
+class _Nowhere(list[tuple[bytes, bytes]]):
+    """Takes header fields and keeps none."""
+
+    def append(self, field: tuple[bytes, bytes]) -> None:
+        pass
+
+
+NOWHERE = _Nowhere()
+
+
+class Refused(Exception):
+    """Thrown through the parser, which stops reading there."""
+
+    def __init__(self, problem: ApiError) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Times in seconds, sizes in bytes."""
+
+    head_seconds: float = 10
+    body_idle_seconds: float = 15
+    body_slow_seconds: float = 60
+    keep_alive_seconds: float = 75
+    reader_seconds: float = 60
+    body_bytes: int = 2_621_440  # where the application sets no limit of its own
+    open_requests: int = 1000
+    connections: int = 10_000
+
+    @property
+    def look_every_seconds(self) -> float:
+        shortest = min(self.head_seconds, self.body_idle_seconds, self.body_slow_seconds, self.keep_alive_seconds, self.reader_seconds)
+        return max(0.05, min(1.0, shortest / 10))
+
+
+class Guard:
+    """What the connections of one process share. `limits_bodies` tells for which requests the application itself does so."""
+
+    def __init__(self, limits: Limits, *, limits_bodies: Callable[[Scope], bool]) -> None:
+        self.limits = limits
+        self.limits_bodies = limits_bodies
+        self.draining = False
+        # The loop's clock, as of the last look: a request that asks for the time often would pay for it.
+        self.now = 0.0
+        self._look_at = 0.0
+
+    def protocol(self, config: Config, server_state: ServerState, app_state: dict[str, Any], **options: Any) -> GuardedProtocol:
+        """A connection's protocol, called as uvicorn calls its own."""
+        return GuardedProtocol(self, config, server_state, app_state, **options)
+
+    def look_after(self, connections: Iterable[Any], now: float) -> None:
+        """To be called a few times a second with the loop's time. Connections are looked at about once a second."""
+        self.now = now
+        if now < self._look_at:
+            return
+        self._look_at = now + self.limits.look_every_seconds
+        for connection in list(connections):
+            connection.look(now)
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    def __init__(self, guard: Guard, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.guard = guard
+        self.phase = OPENED
+        self.since = self.guard.now  # of this phase; of the last bytes, while a body is read
+        self.running: Exchange | None = None  # the request being answered; later ones wait in `pipeline`
+        self.refusal: ApiError | None = None  # waits for the answers before it
+        self.read_bytes = 0  # by the last read
+        self.head_bytes = 0  # by reads before the last one
+        self.framing_bytes = 0  # read since the last piece of a body
+        self.body_since = 0.0
+        self.body_bytes = 0
+        self.most_body_bytes: float = 0
+        self.unsent_bytes = 0  # when we looked last and a reader made us wait
+        self.progress_at = 0.0
+
+    # Bytes in
+
+    def data_received(self, data: bytes) -> None:
+        if self.phase == REFUSED:
+            return self._discard(len(data))
+        while True:
+            self.read_bytes = len(data)
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                # Nobody has to upgrade, and we do not: what follows is the next request.
+                data = data[upgrade.args[0] :]
+                if data:
+                    continue
+            except httptools.HttpParserError as problem:
+                return self._refuse(_why(problem))
+            break
+        if self.phase == HEAD:
+            self.head_bytes += len(data)
+            if self.head_bytes > MOST_HEAD_BYTES:
+                self._refuse(HeadTooLarge(f"The request's head is larger than {MOST_HEAD_BYTES} bytes."))
+        elif self.phase == BODY:
+            self.since = self.guard.now
+            self.framing_bytes += self.read_bytes
+            if self.framing_bytes > MOST_HEAD_BYTES:
+                self._refuse(BadFraming("The body has chunk extensions or trailers without end."))
+
+    def on_message_begin(self) -> None:
+        if self.phase != OPENED:
+            self.since = self.guard.now
+        # Behind another request in the same read: how much of that read is ours is not known, so it counts for nothing.
+        self.head_bytes = 0 if self.phase <= IDLE else -self.read_bytes
+        self.phase = HEAD
+        self.url = b""
+        self.headers = []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        headers, parser, guard = self.headers, self.parser, self.guard
+        if len(headers) > MOST_FIELDS or self.head_bytes + self.read_bytes > MOST_HEAD_BYTES or len(self.url) > MOST_URL_BYTES:
+            self._check_size()
+        fields = dict(headers)
+        if len(fields) != len(headers):
+            self._check_repeated()
+        if b"_" in b"".join(fields):
+            # Programs behind us may read an underscore as a hyphen, and so take a made-up field for one of ours.
+            headers = [field for field in headers if b"_" not in field[0]]
+        version = parser.get_http_version()
+        target = self.url
+        if target[:1] != b"/" or b"#" in target:
+            target = _without_origin(target, fields.get(b"host", b""))
+        usual = version == "1.1" and _is_host(fields.get(b"host", b"")) and b"expect" not in fields
+        if not usual:
+            _check_unusual(version, fields)
+        if b"transfer-encoding" in fields:
+            _check_coding(version, fields)
+        raw_path, _, query = target.partition(b"?")
+        path = raw_path.decode("ascii")
+        scope: Scope = {
+            "type": "http",
+            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "http_version": version,
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "method": parser.get_method().decode("ascii"),
+            "root_path": "",
+            "path": unquote(path) if "%" in path else path,
+            "raw_path": raw_path,
+            "query_string": query,
+            "headers": headers,
+            "state": self.app_state.copy(),
+        }
+        if b"content-length" in fields or b"transfer-encoding" in fields:
+            self._check_body_size(scope, fields)
+        if len(self.tasks) >= guard.limits.open_requests or len(self.connections) > guard.limits.connections or self.pipeline:
+            self._check_room(scope["path"])
+        make = Exchange if usual else UnusualExchange
+        self.cycle = exchange = make(
+            scope=cast(Any, scope),
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=b"expect" in fields and version == "1.1",
+            keep_alive=version == "1.1" and not guard.draining and parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        # What follows a body (a trailer) must not change what was said before it.
+        self.headers = NOWHERE
+        self.body_since, self.body_bytes, self.framing_bytes = self.since, 0, -self.read_bytes
+        self.phase = BODY
+        if self.running is None:
+            self._start(exchange)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((exchange, self.app))
+
+    def on_body(self, body: bytes) -> None:
+        exchange = self.cycle
+        self.body_bytes += len(body)
+        self.framing_bytes = -self.read_bytes
+        if self.body_bytes > self.most_body_bytes:
+            raise Refused(TooLarge(f"The body is larger than {self.most_body_bytes} bytes."))
+        if exchange.response_complete:
+            return
+        exchange.body += body
+        if len(exchange.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        exchange.message_event.set()
+
+    def on_message_complete(self) -> None:
+        exchange = self.cycle
+        if exchange.response_complete:
+            self._rest()
+            return
+        self.phase = READ
+        exchange.more_body = False
+        exchange.message_event.set()
+
+    # What is checked before the application hears of a request; each raises Refused
+
+    def _check_size(self) -> None:
+        if len(self.url) > MOST_URL_BYTES:
+            raise Refused(UrlTooLong(f"The URL is longer than {MOST_URL_BYTES} bytes."))
+        if len(self.headers) > MOST_FIELDS:
+            raise Refused(HeadTooLarge(f"The request has more than {MOST_FIELDS} header fields."))
+        # The last read may hold some of the body too, so only what is kept of it is counted.
+        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > MOST_HEAD_BYTES:
+            raise Refused(HeadTooLarge(f"The request's head is larger than {MOST_HEAD_BYTES} bytes."))
+
+    def _check_repeated(self) -> None:
+        decisive = [name for name, _ in self.headers if name in DECISIVE]
+        for name in decisive:
+            if decisive.count(name) > 1:
+                raise Refused(BadFraming(f"The header field {name.decode()} came twice."))
+
+    def _check_body_size(self, scope: Scope, fields: dict[bytes, bytes]) -> None:
+        self.most_body_bytes = float("inf") if self.guard.limits_bodies(scope) else self.guard.limits.body_bytes
+        if int(fields.get(b"content-length", b"0")) > self.most_body_bytes:
+            raise Refused(TooLarge(f"The body is larger than {self.most_body_bytes} bytes."))
+
+    def _check_room(self, path: str) -> None:
+        if len(self.pipeline) >= MOST_PIPELINED:
+            raise Refused(Busy("Too many requests wait on this connection: send the next after an answer.", retry_after_seconds=1))
+        limits = self.guard.limits
+        full = len(self.tasks) >= limits.open_requests or len(self.connections) > limits.connections
+        if full and path not in PROBES:
+            raise Refused(Busy("The gateway has too many requests open. Try again shortly.", retry_after_seconds=1))
+
+    # One answer after the other
+
+    def _start(self, exchange: Exchange) -> None:
+        self.running = exchange
+        task = self.loop.create_task(exchange.run_asgi(self.app))
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
+
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        self.running = None
+        if self.transport.is_closing():
+            return None
+        if self.pipeline:
+            exchange, _ = self.pipeline.pop()
+            return self._start(exchange)  # type: ignore[arg-type]  # the queue holds what on_headers_complete put there
+        self.flow.resume_reading()
+        if self.refusal is not None:
+            self._say(self.refusal)
+        elif self.phase == READ:
+            self._rest()
+        elif self.phase == HEAD:
+            self.since = self.guard.now  # the next request had to wait for this answer
+
+    def _rest(self) -> None:
+        self.phase, self.since = IDLE, self.guard.now
+
+    def _refuse(self, problem: ApiError) -> None:
+        """Read no further, answer the request that is being read with an error, and close."""
+        was, self.phase, self.since = self.phase, REFUSED, self.guard.now
+        if was == BODY:
+            exchange = self.cycle
+            if exchange is not self.running and not exchange.response_complete:
+                self.pipeline.popleft()  # its turn had not come
+            else:
+                self.running = None
+                exchange.disconnected = True
+                exchange.message_event.set()
+                if exchange.response_started:
+                    return self.transport.close()  # in the middle of an answer nothing can be said
+        if self.running is None:
+            self._say(problem)
+        else:
+            self.refusal = problem
+            self.flow.pause_reading()
+
+    def _say(self, problem: ApiError) -> None:
+        self.since, self.read_bytes = self.guard.now, 0
+        self.flow.resume_reading()
+        if not self.transport.is_closing():
+            self.transport.write(answer(problem))
+            self.transport.write_eof()
+
+    def _discard(self, size: int) -> None:
+        self.read_bytes += size
+        if self.read_bytes > MOST_DISCARDED_BYTES:
+            self.transport.close()
+
+    # The connection
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        running = self.running
+        if running is not None and not running.response_complete:
+            # Not always the request that came last, of which uvicorn thinks.
+            running.disconnected = True
+            running.message_event.set()
+        self.pipeline.clear()
+        super().connection_lost(exc)
+
+    def resume_writing(self) -> None:
+        self.unsent_bytes = 0
+        super().resume_writing()
+
+    def shutdown(self) -> None:
+        """Close as soon as nothing is lost by it: at once between requests, else after the answers that were begun."""
+        if self.running is not None:
+            self.cycle.keep_alive = False
+        elif self.phase not in (HEAD, REFUSED):
+            self.transport.close()
+
+    def look(self, now: float) -> None:
+        """Is a deadline past?"""
+        limits = self.guard.limits
+        if self.flow.write_paused or self.running is None:
+            if self._reader_stalls(now):
+                log.info("Cut a connection whose client took nothing for %s s", limits.reader_seconds)
+                return self.transport.abort()
+            if self.transport.is_closing():
+                return None
+        waited = now - self.since
+        if self.phase == BODY:
+            self._look_at_body(now)
+        elif self.running is not None:
+            return None
+        elif self.phase == HEAD and waited >= limits.head_seconds:
+            self._refuse(TooSlow(f"The request's head took longer than {limits.head_seconds:g} s."))
+        elif waited >= self._patience():
+            self.transport.close()
+
+    def _patience(self) -> float:
+        """How long a connection may stay as it is, in seconds."""
+        limits = self.guard.limits
+        if self.phase == IDLE:
+            return limits.keep_alive_seconds
+        return LINGER_SECONDS if self.phase == REFUSED else limits.head_seconds
+
+    def _look_at_body(self, now: float) -> None:
+        limits = self.guard.limits
+        if self.flow.read_paused or self.cycle.waiting_for_100_continue:
+            # It is us who keep the client waiting.
+            self.since = now
+            self.body_since += limits.look_every_seconds
+        elif now - self.since >= limits.body_idle_seconds:
+            self._refuse(TooSlow(f"Nothing of the body came for {limits.body_idle_seconds:g} s."))
+        elif (took := now - self.body_since) >= limits.body_slow_seconds and self.body_bytes < took * LEAST_BODY_BYTES_PER_SECOND:
+            self._refuse(TooSlow(f"The body came more slowly than {LEAST_BODY_BYTES_PER_SECOND} bytes/s."))
+
+    def _reader_stalls(self, now: float) -> bool:
+        """Called only while nobody writes, so that what is unsent can only become less."""
+        unsent = self.transport.get_write_buffer_size()
+        if not unsent:
+            self.unsent_bytes = 0
+            return False
+        unsent += in_kernel(self.transport)
+        if not self.unsent_bytes or unsent < self.unsent_bytes:
+            self.unsent_bytes, self.progress_at = unsent, now
+        return now - self.progress_at >= self.guard.limits.reader_seconds
+
+
+class Exchange(RequestResponseCycle):
+    """One request and its answer."""
+
+    async def run_asgi(self, app: Any) -> None:
+        try:
+            await app(self.scope, self.receive, self.send)
+            if not self.response_complete and not self.disconnected:
+                log.error("The application ended without a whole answer to %s %s", self.scope["method"], self.scope["path"])
+                await self.fail(ServerFailed("The server failed."))
+        except asyncio.CancelledError:
+            await self.fail(Unavailable("The server is being stopped. Try again.", code="shutdown", retry_after_seconds=1))
+        except Exception:
+            log.exception("The application failed at %s %s", self.scope["method"], self.scope["path"])
+            await self.fail(ServerFailed("The server failed."))
+        finally:
+            self.on_response = _nothing
+
+    async def fail(self, problem: ApiError) -> None:
+        """Say so if nothing has been said yet; otherwise the missing end of the answer says it."""
+        self.keep_alive = False
+        if not self.response_started and not self.disconnected:
+            self.response_started = self.response_complete = True
+            self.transport.write(answer(problem))
+            self.message_event.set()
+        self.transport.close()
+
+
+class UnusualExchange(Exchange):
+    """With a client that speaks HTTP/1.0, or asks before it sends its body. Apart, because others need not pay for it."""
+
+    ends_with_connection = False
+
+    async def send(self, message: Message) -> None:  # type: ignore[override]  # ASGI's messages are plain dicts to us
+        if message["type"] == "http.response.start":
+            if self.waiting_for_100_continue:
+                # It was not told to send its body, and may send it or not: nobody could tell where the next request begins.
+                self.keep_alive = False
+            if self.scope["http_version"] == "1.0" and not _has_length(message):
+                self.ends_with_connection, self.chunked_encoding = True, False
+        elif self.ends_with_connection and self.scope["method"] != "HEAD":
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)  # type: ignore[arg-type]
+
+
+def answer(problem: ApiError) -> bytes:
+    """An error as a whole HTTP answer, after which the connection closes."""
+    body = encode_json(problem.body())
+    head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nx-request-id: {new_request_id()}\r\n"
+    if problem.retry_after_seconds is not None:
+        head += f"retry-after: {problem.retry_after_seconds:g}\r\n"
+    head += "connection: close\r\n\r\n"
+    return STATUS_LINE[problem.status] + head.encode() + body
+
+
+def _without_origin(target: bytes, host: bytes) -> bytes:
+    """Of an absolute URL, as sent to proxies, the part behind the host: only if that is the one in `Host`."""
+    if b"#" in target:
+        raise Refused(BadFraming("A request's target has no '#'."))
+    scheme, found, rest = target.partition(b"://")
+    authority = re.split(rb"[/?]", rest, maxsplit=1)[0]
+    if not found or scheme.lower() not in (b"http", b"https") or authority.lower() != host.lower():
+        raise Refused(BadFraming("A request's target is a path, or a URL with the host of the Host field."))
+    tail = rest[len(authority) :]
+    return tail if tail[:1] == b"/" else b"/" + tail
+
+
+def _check_unusual(version: str, fields: dict[bytes, bytes]) -> None:
+    if version not in ("1.0", "1.1"):
+        raise Refused(UnknownVersion("Speak HTTP/1.1 here."))
+    if not _is_host(fields.get(b"host", b"" if version == "1.1" else b"none")):
+        raise Refused(BadFraming("The Host field is missing, or not a host name with an optional port."))
+    if version == "1.1" and fields.get(b"expect", CONTINUE).strip().lower() != CONTINUE:
+        raise Refused(UnknownExpectation("The only expectation that is met here is '100-continue'."))
+
+
+def _check_coding(version: str, fields: dict[bytes, bytes]) -> None:
+    if version != "1.1" or fields[b"transfer-encoding"].strip().lower() != b"chunked":
+        raise Refused(BadFraming("The only transfer encoding here is 'chunked', in HTTP/1.1."))
+
+
+def _has_length(message: Message) -> bool:
+    return any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+
+
+def _why(problem: httptools.HttpParserError) -> ApiError:
+    cause = problem.__context__
+    if isinstance(cause, Refused):
+        return cause.problem
+    if isinstance(problem, httptools.HttpParserCallbackError):
+        log.error("A request could not be read", exc_info=problem)
+        return ServerFailed("The server failed.")
+    return BadFraming(f"The request is not valid HTTP: {problem}.")
+
+
+@functools.lru_cache(maxsize=256)
+def _is_host(value: bytes) -> bool:
+    return HOST.fullmatch(value) is not None
+
+
+def in_kernel(transport: asyncio.Transport) -> int:
+    """Bytes that the socket holds and the peer has not acknowledged; 0 where the system does not tell."""
+    try:
+        found = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    except (OSError, ValueError):
+        return 0
+    return int(struct.unpack("i", found)[0])
+
+
+def _nothing() -> None:
+    pass
