@@ -213,12 +213,13 @@ class Gateway:
                     raise translate.failure(target, response.status, response.headers, body)
                 outcome.first_byte = time.monotonic()
                 if ask.stream:
-                    reader = translate.reader(ask, target)
+                    reader, chunks = translate.reader(ask, target), response.chunks()
                     try:
-                        await respond.stream(reply, response.chunks(), reader)
+                        await respond.stream(reply, chunks, reader)
                     finally:
                         outcome.tokens, outcome.output_estimate = reader.tokens, reader.estimated_output()
                         outcome.complete = reader.finished
+                    await upstream.farewell(chunks)
                 else:
                     body = await upstream.whole_body(response)
                     answer = translate.whole(ask, target, body, response.content_type)
@@ -226,8 +227,6 @@ class Gateway:
                     await reply.whole(200, answer.body, answer.content_type)
             self.health.succeeded(target)
         except UpstreamFailure as problem:
-            if outcome.complete:
-                return await reply.end()  # lost after its last event: the client misses nothing
             if not reply.content_sent and (problem.upstream_status or isinstance(problem, UpstreamUnreachable)):
                 outcome.reached = False  # it refused, or never had the request: nothing is billed
             raise

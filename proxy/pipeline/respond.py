@@ -130,24 +130,25 @@ class Reply:
 
 
 async def stream(reply: Reply, chunks: AsyncIterator[bytes], reader: Reader) -> None:
-    """Hand a stream on, event by event. Raises UpstreamFailure, before or after content has been sent."""
+    """Hand a stream on, event by event, up to its last event: what the upstream does after that concerns no client.
+
+    Raises UpstreamFailure, before or after content has been sent."""
     held = b""
     async for chunk in chunks:
         events = reader.feed(chunk)
-        if not events:
-            continue
-        if not reader.started and len(held) + len(events) <= MOST_HELD_BYTES:
+        if events and (reader.started or reader.finished or len(held) + len(events) > MOST_HELD_BYTES):
+            await reply.events(held + events if held else events)
+            held = b""
+        else:
             held += events
-            continue
-        await reply.events(held + events if held else events)
-        held = b""
         if reader.failure is not None:
             raise reader.failure
         if reader.finished:
-            reply.quiet()  # nothing follows the last event, not even a comment
-    last = held + reader.end()
-    if last:
-        await reply.events(last)
+            break
+    else:
+        last = held + reader.end()
+        if last:
+            await reply.events(last)
     await reply.end()
 
 

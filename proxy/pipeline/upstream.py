@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from providers import registry
 from providers.adapter import Target
@@ -13,6 +14,7 @@ from providers.failures import UpstreamProtocol
 from providers.wire import MOST_ANSWER_BYTES
 
 MOST_ERROR_BYTES = 64 << 10
+FAREWELL_SECONDS = 1.0
 
 
 @asynccontextmanager
@@ -30,6 +32,14 @@ async def answer(transport: Transport, request: Outgoing, target: Target, clock:
     finally:
         if found is not None:
             await found.close()
+
+
+async def farewell(chunks: AsyncIterator[bytes]) -> None:
+    """Read on behind the last event, so that the connection can be kept. Nobody waits for it, so it is not waited for long."""
+    with suppress(*FAILURES):
+        async with asyncio.timeout(FAREWELL_SECONDS):
+            async for _ in chunks:
+                pass
 
 
 async def whole_body(found: Answer, most: int = MOST_ANSWER_BYTES) -> bytes:

@@ -427,3 +427,14 @@ async def test_no_other_path_reaches_an_upstream(tmp_path):
     reply = await house.call(method="PUT")
     assert (reply.status, reply.headers["allow"]) == (405, "POST, OPTIONS")
     assert house.sent == []
+
+
+async def test_what_an_upstream_does_after_its_last_event_keeps_no_client_waiting(tmp_path):
+    events = sse(says("all"))
+    house = House(tmp_path, lambda request: stream(*events, then=asyncio.Event().wait))
+    call = asyncio.create_task(house.call(CHAT | {"stream": True}))
+    while not getattr(house, "reply", None) or not house.reply.finished:
+        await asyncio.sleep(0.01)
+    assert house.reply.body == b"".join(events)
+    await call
+    assert (house.settled().status, house.settled().error) == (200, "")
