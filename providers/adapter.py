@@ -360,15 +360,16 @@ class SameShape(Reader):
 
 
 # A chunk that holds none of these passes unread.
-_MARKS = (b'"usage"', b'"error"', b"[DONE]", b'"response.', b"_generation.completed", b"audio.done")
+_MARKS = (b'"error"', b"[DONE]", b'"response.', b"_generation.completed", b"audio.done")
 _REASON = re.compile(rb'"finish_reason"\s*:\s*"')
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')  # once asked for usage, OpenAI says `"usage": null` in every event but one
 
 
 def _needs_a_look(whole: bytes) -> bool:
     # An event whose data does not end as an object does was cut off in the middle: passed on, it would break the client.
     if whole.count(b"\n\n") != whole.count(b"}\n\n"):
         return True
-    return any(mark in whole for mark in _MARKS) or _REASON.search(whole) is not None
+    return any(mark in whole for mark in _MARKS) or _REASON.search(whole) is not None or _USAGE.search(whole) is not None
 
 
 _CONTENT = re.compile(rb'"(?:content|text|reasoning_content|arguments|delta)"\s*:\s*"((?:[^"\\]|\\.)*)"')

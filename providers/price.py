@@ -96,25 +96,27 @@ class Price:
 class PriceBook:
     """Finds the row for a public model id at a time: by hand before the package, the closest pattern, the latest start."""
 
+    MOST_REMEMBERED = 10_000
+
     def __init__(self, prices: Iterable[Price] = ()) -> None:
         # Of two rows with the same start the later one corrects the earlier.
-        ranked = sorted(prices, key=lambda price: (price.by_hand, _closeness(price.pattern), price.starts_at, price.id), reverse=True)
-        self._exact: dict[str, list[Price]] = {}
-        self._patterns: list[Price] = []
-        for price in ranked:
-            if "*" in price.pattern:
-                self._patterns.append(price)
-            else:
-                self._exact.setdefault(price.pattern, []).append(price)
+        self._ranked = sorted(prices, key=lambda price: (price.by_hand, _closeness(price.pattern), price.starts_at, price.id), reverse=True)
+        self._matching: dict[str, list[Price]] = {}
 
     def find(self, model: str, at: float) -> Price | None:
-        exact = next((price for price in self._exact.get(model, ()) if price.starts_at <= at), None)
-        if exact is not None and exact.by_hand:
-            return exact
-        for price in self._patterns:
-            if price.starts_at <= at and fnmatchcase(model, price.pattern) and (price.by_hand or exact is None):
+        matching = self._matching.get(model)
+        if matching is None:
+            if len(self._matching) >= self.MOST_REMEMBERED:
+                self._matching.clear()
+            matching = self._matching[model] = [price for price in self._ranked if _matches(price.pattern, model)]
+        for price in matching:
+            if price.starts_at <= at:
                 return price
-        return exact
+        return None
+
+
+def _matches(pattern: str, model: str) -> bool:
+    return fnmatchcase(model, pattern) if "*" in pattern else model == pattern
 
 
 def _closeness(pattern: str) -> tuple[bool, int]:

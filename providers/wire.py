@@ -259,15 +259,16 @@ encode_json = msgspec.json.Encoder().encode
 
 
 def decode_event(data: bytes) -> Event:
-    """One event or one whole answer. What has an unknown shape degrades to "some content": only JSON is insisted on.
+    """One event or one whole answer. A field of unknown shape degrades to "some content": only an object is insisted on.
 
-    Raises msgspec.DecodeError or RecursionError when it is not JSON."""
+    Raises msgspec.DecodeError or RecursionError when it is not a JSON object."""
     try:
         return _decode_event(data)
     except msgspec.ValidationError:
         value = decode_json(data)
-        error = value.get("error") if isinstance(value, dict) else None
-        return Event(error=error, choices=[Choice(text="?")])
+        if not isinstance(value, dict):
+            raise
+        return Event(error=value.get("error"), choices=[Choice(text="?")])
 
 
 DONE = b"data: [DONE]\n\n"

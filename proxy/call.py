@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,25 +19,27 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-def new_request_id() -> uuid.UUID:
+def new_request_id() -> str:
     """A UUIDv7: its first 48 bits are milliseconds since the epoch, which are also the `at` of the usage row."""
-    number = int.from_bytes(os.urandom(10), "big")
-    number |= time.time_ns() // 1_000_000 << 80
-    number = number & ~(0xF << 76) | 0x7 << 76
-    number = number & ~(0x3 << 62) | 0x2 << 62
-    return uuid.UUID(int=number)
+    number = time.time_ns() // 1_000_000 << 80 | int.from_bytes(os.urandom(10), "big")
+    digits = f"{number & ~_FIXED_BITS | _VERSION_7:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
-def milliseconds_of(request_id: uuid.UUID) -> int:
+_FIXED_BITS = 0xF << 76 | 0x3 << 62
+_VERSION_7 = 0x7 << 76 | 0x2 << 62
+
+
+def milliseconds_of(request_id: str) -> int:
     """When the request arrived: milliseconds since the epoch."""
-    return request_id.int >> 80
+    return int(request_id[:8] + request_id[9:13], 16)
 
 
 @dataclass(slots=True)
 class Incoming:
     """A request's head: its body has not been read yet."""
 
-    id: uuid.UUID
+    id: str
     method: str
     path: str
     headers: dict[bytes, bytes]
@@ -70,7 +71,7 @@ class Asked:
 class Admission:
     """A place that has been paid for, and must be settled exactly once."""
 
-    request_id: uuid.UUID
+    request_id: str
     principal: Principal
     endpoint: str
     model: str  # as the client named it

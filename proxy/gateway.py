@@ -96,7 +96,7 @@ class Gateway:
             callers_key=(headers.get(b"x-upstream-key") or headers.get(b"x-openai-key") or b"").decode("latin-1").strip(),
             seed_errors=headers.get(b"x-error-format", b"").lower() == b"seed",
         )
-        reply = Reply(send, str(incoming.id), cors_headers(headers, self.site), seed_errors=incoming.seed_errors)
+        reply = Reply(send, incoming.id, cors_headers(headers, self.site), seed_errors=incoming.seed_errors)
         principal: Principal | None = None
         try:
             if not host_is_allowed(headers, self.site):
@@ -179,7 +179,7 @@ class Gateway:
         pool = [target.credential_id for target in targets]
         tried = list(targets[:MOST_ATTEMPTS])
         for target in tried:
-            ask = translate.ask_of(asked, str(incoming.id), add_usage_option=self.health.takes_usage_option(target))
+            ask = translate.ask_of(asked, incoming.id, add_usage_option=self.health.takes_usage_option(target))
             try:
                 try:
                     return await self._from(target, ask, catalog, incoming, reply, outcome, deadline)

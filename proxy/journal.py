@@ -153,6 +153,7 @@ class Journal:
         self._segment_bytes, self._max_bytes, self._fsync = segment_bytes, max_bytes, fsync
         self._open: dict[str, bytes] = {}
         self._unsaved: list[bytes] = []
+        self._reserved = False
         name = secrets.token_hex(8)
         draft = root / f".{name}"
         draft.mkdir(mode=0o700, parents=True)
@@ -173,7 +174,7 @@ class Journal:
         data = frame(record)
         if self._sealed_bytes + self._size + len(data) > self._max_bytes:
             raise JournalFull("The journal has reached its size cap.")
-        if (self._unsaved or not self._reserve_path.exists()) and not (self._save_rest() and self._reserve()):
+        if (self._unsaved or not self._reserved) and not (self._save_rest() and self._reserve()):
             raise JournalFull("The disk is full.")
         try:
             self._append(data)
@@ -190,7 +191,7 @@ class Journal:
         try:
             self._append(data)
         except OSError:
-            self._reserve_path.unlink(missing_ok=True)
+            self._release()
             try:
                 self._append(data)
             except OSError:
@@ -260,21 +261,20 @@ class Journal:
     def _create(self, number: int) -> int:
         return os.open(self.segment(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
 
-    @property
-    def _reserve_path(self) -> Path:
-        return self.folder / "reserve"
-
     def _reserve(self) -> bool:
         """Keep some room aside for requests that run when the disk fills up."""
-        if self._reserve_path.exists():
-            return True
         try:
-            with self._reserve_path.open("wb") as file:
+            with (self.folder / "reserve").open("wb") as file:
                 file.write(b"\0" * RESERVE_BYTES)
         except OSError:
-            self._reserve_path.unlink(missing_ok=True)
+            self._release()
             return False
+        self._reserved = True
         return True
+
+    def _release(self) -> None:
+        (self.folder / "reserve").unlink(missing_ok=True)
+        self._reserved = False
 
     def _save_rest(self) -> bool:
         while self._unsaved:

@@ -32,7 +32,7 @@ async def admit(
     ceiling = asked.head.ceiling()
     output = (OUTPUT_WHEN_UNSAID if ceiling is None else max(0, ceiling)) * asked.head.choices()
     estimate = estimated_input(asked.size)
-    request_id = str(incoming.id)
+    request_id = incoming.id
     outcome.shadowed = await limits.reserve(
         Hold(
             request_id=request_id,

@@ -23,7 +23,7 @@ def meter(admission: Admission, outcome: Outcome, limits: LimitStore, journal: J
     now, principal, target = time.monotonic(), admission.principal, outcome.target
     journal.settled(
         Settled(
-            request_id=str(admission.request_id),
+            request_id=admission.request_id,
             at=milliseconds_of(admission.request_id),
             organization=principal.organization_id,
             team=principal.team_id,
@@ -50,7 +50,7 @@ def meter(admission: Admission, outcome: Outcome, limits: LimitStore, journal: J
             duration_ms=_milliseconds(admission.started, now),
         )
     )
-    limits.settle(str(admission.request_id), tokens.total, cost or 0)
+    limits.settle(admission.request_id, tokens.total, cost or 0)
 
 
 def counted(admission: Admission, outcome: Outcome) -> tuple[Tokens, str]:

@@ -329,7 +329,7 @@ async def test_an_upstream_that_never_answers_is_504(tmp_path):
     assert house.settled().usage_source == "estimated"  # it had the request, and may bill it
 
 
-@pytest.mark.parametrize("body", [b"<html>gateway</html>", b"", b'{"choices": [', b"[" * 5000])
+@pytest.mark.parametrize("body", [b"<html>gateway</html>", b"", b"5", b"[]", b'"text"', b'{"choices": [', b"[" * 5000])
 async def test_rubbish_with_status_200_is_502_and_is_not_shown(tmp_path, body):
     house = House(tmp_path, lambda request: httpx.Response(200, content=body))
     reply = await house.call()

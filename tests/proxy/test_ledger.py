@@ -19,15 +19,15 @@ PARTS = ["fresh_input", "cache_read", "cache_write", "output", "reasoning"]
 
 
 def at_id(at: datetime | None = None) -> uuid.UUID:
-    one = new_request_id()
+    one = uuid.UUID(new_request_id())
     return one if at is None else uuid.UUID(int=(int(at.timestamp() * 1000) << 80) | (one.int & ((1 << 80) - 1)))
 
 
 def settled(request_id: uuid.UUID | None = None, **fields) -> Settled:
-    request_id = request_id or new_request_id()
+    request_id = request_id or at_id()
     known = {
         "request_id": str(request_id),
-        "at": milliseconds_of(request_id),
+        "at": milliseconds_of(str(request_id)),
         "organization": 1,
         "user": 1,
         "key": 1,
@@ -49,7 +49,7 @@ def settled(request_id: uuid.UUID | None = None, **fields) -> Settled:
 def admitted(request_id: uuid.UUID, **fields) -> Admitted:
     known = {
         "request_id": str(request_id),
-        "at": milliseconds_of(request_id),
+        "at": milliseconds_of(str(request_id)),
         "organization": 1,
         "user": 1,
         "key": 1,
@@ -83,7 +83,7 @@ def test_a_settled_record_becomes_a_row_with_all_that_it_says():
 
     row = UsageEvent.objects.get()
     assert str(row.request_id) == record.request_id
-    assert int(row.at.timestamp() * 1000) == record.at == milliseconds_of(row.request_id)
+    assert int(row.at.timestamp() * 1000) == record.at == milliseconds_of(str(row.request_id))
     assert (row.input_tokens, row.output_tokens, row.cost, row.usage_source) == (13, 7, 7, "reported")
     assert (row.team_id, row.stream, row.first_byte_ms, row.duration_ms) == (4, True, 40, 90)
 
@@ -117,7 +117,7 @@ def test_a_batch_larger_than_one_insert_is_stored_whole():
 
 def test_a_dead_workers_journal_is_adopted_and_its_open_requests_become_interrupted_rows(tmp_path):
     dead = Journal(tmp_path)
-    whole, cut = new_request_id(), new_request_id()
+    whole, cut = at_id(), at_id()
     for request_id in (whole, cut):
         dead.admitted(admitted(request_id))
     dead.settled(settled(whole))
@@ -134,10 +134,10 @@ def test_a_dead_workers_journal_is_adopted_and_its_open_requests_become_interrup
 
 def test_a_living_workers_journal_is_read_but_neither_adopted_nor_deleted(tmp_path):
     living = Journal(tmp_path)
-    request_id = new_request_id()
+    request_id = at_id()
     living.admitted(admitted(request_id))
     living.settled(settled(request_id))
-    living.admitted(admitted(new_request_id()))
+    living.admitted(admitted(at_id()))
 
     assert ledger.adopt(living.folder) is None
     assert ledger.ship(living.folder) == 1
@@ -146,7 +146,7 @@ def test_a_living_workers_journal_is_read_but_neither_adopted_nor_deleted(tmp_pa
 
 def test_an_adoption_that_died_half_way_is_done_again_without_doubling(tmp_path, monkeypatch):
     dead = Journal(tmp_path)
-    ids = [new_request_id() for _ in range(5)]
+    ids = [at_id() for _ in range(5)]
     for request_id in ids:
         dead.admitted(admitted(request_id))
     dead.settled(settled(ids[0]))
@@ -161,7 +161,7 @@ def test_an_adoption_that_died_half_way_is_done_again_without_doubling(tmp_path,
 
 def test_a_settlement_that_turns_up_later_becomes_a_correction_and_only_once(tmp_path):
     dead = Journal(tmp_path)
-    request_id = new_request_id()
+    request_id = at_id()
     dead.admitted(admitted(request_id))
     dead.close()
     ledger.adopt_all(tmp_path)
@@ -184,7 +184,7 @@ def test_a_settlement_that_turns_up_later_becomes_a_correction_and_only_once(tmp
 def test_settlements_in_any_order_and_number_have_one_effect(tmp_path):
     """A08 in small."""
     chooser = random.Random(7)
-    ids = [new_request_id() for _ in range(12)]
+    ids = [at_id() for _ in range(12)]
     dead = Journal(tmp_path)
     for request_id in ids:
         dead.admitted(admitted(request_id))
@@ -214,11 +214,11 @@ def test_our_own_journal_is_shipped_up_to_a_position_and_its_old_segments_go(tmp
     mine = Journal(tmp_path, segment_bytes=4096)
     one = ledger.Ledger(mine, tmp_path, Refusals())
     for _ in range(30):
-        request_id = new_request_id()
+        request_id = at_id()
         mine.admitted(admitted(request_id))
         mine.settled(settled(request_id))
     position = mine.position()
-    late = new_request_id()
+    late = at_id()
     mine.admitted(admitted(late))
     mine.settled(settled(late))
     assert position[0] > 1
