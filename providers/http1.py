@@ -175,13 +175,14 @@ class Connection(asyncio.Protocol):
         assert answer is not None
         status = self._parser.get_status_code()
         if status < 200:
-            if status == 101:
-                raise NotHttp  # nobody asked for another protocol
+            self._fields_seen += 1  # so that their number has an end, too
+            if status == 101 or self._fields_seen > MOST_FIELDS:  # nobody asked for another protocol
+                raise NotHttp
             self._interim = True
             answer.fields.clear()
             return
         coding = answer.fields.get(b"transfer-encoding")
-        if coding is not None and coding.lower() != b"chunked":
+        if coding is not None and coding.strip().lower() != b"chunked":
             raise NotHttp
         self._keep_alive = self._parser.should_keep_alive()
         self._until_close = coding is None and b"content-length" not in answer.fields
@@ -278,7 +279,7 @@ class Http1Answer(Body):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {name.decode("latin-1"): value.decode("latin-1") for name, value in self.fields.items()}
+        return {name.decode("latin-1"): value.decode("latin-1").strip() for name, value in self.fields.items()}
 
     @property
     def content_type(self) -> str:
