@@ -164,6 +164,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.read_bytes = 0  # by the last read
         self.head_bytes = 0  # by reads before the last one
         self.framing_bytes = 0  # read since the last piece of a body
+        self.body_of_offer = b""  # how the body of a request is framed that offers to upgrade
         self.body_since = 0.0
         self.body_bytes = 0
         self.most_body_bytes: float = 0
@@ -179,9 +180,11 @@ class GuardedProtocol(HttpToolsProtocol):
             self.read_bytes = len(data)
             try:
                 self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                # Nobody has to upgrade, and we do not: what follows is the next request.
-                data = data[upgrade.args[0] :]
+            except httptools.HttpParserUpgrade as offer:
+                # Nobody has to upgrade, and we do not: what follows is the body that belongs to the offer, or the next request.
+                data = data[offer.args[0] :]
+                if self.body_of_offer:
+                    self._read_body_of_offer()
                 if data:
                     continue
             except httptools.HttpParserError as problem:
@@ -263,6 +266,7 @@ class GuardedProtocol(HttpToolsProtocol):
             keep_alive=version == "1.1" and not guard.draining and parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
+        self.body_of_offer = _framing(fields) if b"upgrade" in fields and parser.should_upgrade() else b""
         # What follows a body (a trailer) must not change what was said before it.
         self.headers = NOWHERE
         self.body_since, self.body_bytes, self.framing_bytes = self.since, 0, -self.read_bytes
@@ -287,6 +291,8 @@ class GuardedProtocol(HttpToolsProtocol):
         exchange.message_event.set()
 
     def on_message_complete(self) -> None:
+        if self.body_of_offer:
+            return  # says the parser, which leaves that body out
         exchange = self.cycle
         if exchange.response_complete:
             self._rest()
@@ -294,6 +300,13 @@ class GuardedProtocol(HttpToolsProtocol):
         self.phase = READ
         exchange.more_body = False
         exchange.message_event.set()
+
+    def _read_body_of_offer(self) -> None:
+        """The parser takes what follows an offer to upgrade for another protocol. A fresh one, told only how the body is framed,
+        reads it, and all that comes after."""
+        self.parser = httptools.HttpRequestParser(_Onward(self))
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n" + self.body_of_offer + b"\r\n\r\n")
+        self.body_of_offer = b""
 
     # What is checked before the application hears of a request; each raises Refused
 
@@ -498,6 +511,33 @@ class UnusualExchange(Exchange):
         await super().send(message)  # type: ignore[arg-type]
 
 
+class _Onward:
+    """Hands a parser's calls on to a connection, but for those about the first head."""
+
+    def __init__(self, connection: GuardedProtocol) -> None:
+        self._connection = connection
+        self._first = True
+        self.on_body = connection.on_body
+        self.on_message_complete = connection.on_message_complete
+
+    def on_message_begin(self) -> None:
+        if not self._first:
+            self._connection.on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if not self._first:
+            self._connection.on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._first:
+            self._connection.on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if not self._first:
+            self._connection.on_headers_complete()
+        self._first = False
+
+
 def answer(problem: ApiError) -> bytes:
     """An error as a whole HTTP answer, after which the connection closes."""
     body = encode_json(problem.body())
@@ -532,6 +572,14 @@ def _check_unusual(version: str, fields: dict[bytes, bytes]) -> None:
 def _check_coding(version: str, fields: dict[bytes, bytes]) -> None:
     if version != "1.1" or fields[b"transfer-encoding"].strip().lower() != b"chunked":
         raise Refused(BadFraming("The only transfer encoding here is 'chunked', in HTTP/1.1."))
+
+
+def _framing(fields: dict[bytes, bytes]) -> bytes:
+    """The header line that says how a body is framed; empty when there is none."""
+    if b"transfer-encoding" in fields:
+        return b"Transfer-Encoding: chunked"
+    length = fields.get(b"content-length", b"0")
+    return b"Content-Length: " + length if int(length) else b""
 
 
 def _has_length(message: Message) -> bool:
