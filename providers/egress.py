@@ -11,7 +11,7 @@ import socket
 import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -56,8 +56,14 @@ class Egress:
         look_up = self._asked.get(host)
         if look_up is None or look_up.get_loop() is not asyncio.get_running_loop():
             look_up = self._asked[host] = asyncio.create_task(_look_up(host))
-            look_up.add_done_callback(lambda done: self._asked.pop(host, None) if self._asked.get(host) is done else None)
+            look_up.add_done_callback(partial(self._answered, host))
         return await asyncio.shield(look_up)
+
+    def _answered(self, host: str, look_up: asyncio.Task[list[str]]) -> None:
+        if self._asked.get(host) is look_up:
+            del self._asked[host]
+        if not look_up.cancelled():
+            look_up.exception()  # whoever asked may be gone: then nobody needs to hear of it
 
     def check(self, text: str) -> None:
         """Raises EgressRefused unless this address is public or allowed."""
