@@ -62,8 +62,6 @@ class Egress:
     def _answered(self, host: str, look_up: asyncio.Task[list[str]]) -> None:
         if self._asked.get(host) is look_up:
             del self._asked[host]
-        if not look_up.cancelled():
-            look_up.exception()  # whoever asked may be gone: then nobody needs to hear of it
 
     def check(self, text: str) -> None:
         """Raises EgressRefused unless this address is public or allowed."""
