@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -90,16 +91,6 @@ def test_B04_other_versions_of_http_are_refused(door: Small, version: str) -> No
 def test_B04_the_preface_of_http_2_is_refused(door: Small) -> None:
     with Peer(door.port) as peer:
         assert peer.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").answer().status == 400
-
-
-@pytest.mark.parametrize("name", ["two lengths", "length, then coding", "chunked twice", "folded line", "HTTP/1.0 with a coding"])
-def test_B04_no_hidden_request_reaches_an_upstream(sluice: Sluice, sim: str, upstream: OpenAIUpstream, name: str) -> None:
-    hidden = chat(sluice.issue_key(), f"{sim}/gpt-4o")
-    with Peer(sluice.port) as peer:
-        peer.send(SMUGGLED[name].replace(b"/one", b"/v1/chat/completions") + hidden)
-        assert peer.answer().status == 400
-        assert peer.rest() == b""
-    assert upstream.posts == []
 
 
 def test_B04_a_body_with_an_offer_to_upgrade_is_a_body(sluice: Sluice, sim: str, upstream: OpenAIUpstream) -> None:
@@ -358,18 +349,52 @@ def _listens(port: int) -> bool:
     return True
 
 
-@pytest.mark.nginx
-@pytest.mark.parametrize("name", SMUGGLED)
-def test_B04_behind_nginx_no_hidden_request_reaches_an_upstream(
-    nginx: int, sluice: Sluice, sim: str, upstream: OpenAIUpstream, name: str
+def hides(*lines: str, body: bytes, first: str = "POST /readyz HTTP/1.1") -> bytes:
+    return head(*lines, first=first) + body
+
+
+def carriers(hidden: bytes) -> dict[str, bytes]:
+    """Requests that carry another in their body, for whoever reads the other of two framings."""
+    size, behind = len(hidden), b"0\r\n\r\n" + hidden
+    chunk = b"%x\r\n%b\r\n0\r\n\r\n" % (size, hidden)
+    length = f"Content-Length: {len(behind)}"
+    return {
+        "length, then coding": hides(length, "Transfer-Encoding: chunked", body=behind),
+        "coding, then length": hides("Transfer-Encoding: chunked", length, body=behind),
+        "a short length and a chunk": hides("Content-Length: 4", "Transfer-Encoding: chunked", body=chunk),
+        "length and an unknown coding": hides(length, "Transfer-Encoding: xchunked", body=behind),
+        "length and a coding behind a control": hides(length, "Transfer-Encoding: \x0bchunked", body=behind),
+        "length and a coding before a space": hides(length, "Transfer-Encoding : chunked", body=behind),
+        "length and a folded coding": hides(length, "Transfer-Encoding:", " chunked", body=behind),
+        "length and a coding with an underscore": hides(length, "Transfer_Encoding: chunked", body=behind),
+        "length and a coding behind a bare LF": hides(length, "X-One: a\nTransfer-Encoding: chunked", body=behind),
+        "no length, then a long one": hides("Content-Length: 0", f"Content-Length: {size}", body=hidden),
+        "a long length, then none": hides(f"Content-Length: {size}", "Content-Length: 0", body=hidden),
+        "HTTP/1.0 with a coding": hides("Transfer-Encoding: chunked", "Connection: keep-alive", body=behind, first="POST /readyz HTTP/1.0"),
+        "an offer to upgrade": hides("Connection: Upgrade", "Upgrade: h2c", f"Content-Length: {size}", body=hidden),
+        "an offer to upgrade to websockets": hides("Connection: Upgrade", "Upgrade: websocket", f"Content-Length: {size}", body=hidden),
+        "GET with a body": hides(f"Content-Length: {size}", body=hidden, first="GET /readyz HTTP/1.1"),
+        "chunk with a bare LF": hides("Transfer-Encoding: chunked", body=b"%x\n%b\r\n0\r\n\r\n" % (size, hidden)),
+        "chunk extension with a bare LF": hides("Transfer-Encoding: chunked", body=b"3;\n\r\nabc\r\n" + behind),
+    }
+
+
+@pytest.fixture(params=["alone", pytest.param("behind nginx", marks=pytest.mark.nginx)])
+def entrance(request: pytest.FixtureRequest, sluice: Sluice) -> int:
+    port: int = sluice.port if request.param == "alone" else request.getfixturevalue("nginx")
+    return port
+
+
+@pytest.mark.parametrize("name", carriers(b""))
+def test_B04_a_request_inside_a_request_is_never_served(
+    entrance: int, sluice: Sluice, sim: str, upstream: OpenAIUpstream, name: str
 ) -> None:
-    """The first request may be served or refused, by nginx or by us. What it hides is never answered."""
-    hidden = chat("sk-sluice-hidden", f"{sim}/gpt-4o")
-    sent = SMUGGLED[name].replace(b"/one", b"/readyz").replace(b"abc", hidden)
-    with Peer(nginx, timeout=5) as peer:
-        peer.send(sent)
-        first = peer.answer().status
-        assert first in (200, 400, 405, 501, 505)
+    hidden = chat(sluice.issue_key(), f"{sim}/gpt-4o")
+    with Peer(entrance) as peer:
+        assert peer.send(carriers(hidden)[name]).answer().status in (200, 400, 405, 501)
+        peer.socket.settimeout(0.3)
+        with contextlib.suppress(TimeoutError):
+            assert b"HTTP/1.1 200" not in peer.rest()
     assert upstream.posts == []
 
 
