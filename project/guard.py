@@ -193,7 +193,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.phase == HEAD:
             self.head_bytes += len(data)
             if self.head_bytes > MOST_HEAD_BYTES:
-                self._refuse(HeadTooLarge(f"The request's head is larger than {MOST_HEAD_BYTES} bytes."))
+                self._refuse(_too_large(self.url))
         elif self.phase == BODY:
             self.since = self.guard.now
             self.framing_bytes += self.read_bytes
@@ -311,13 +311,12 @@ class GuardedProtocol(HttpToolsProtocol):
     # What is checked before the application hears of a request; each raises Refused
 
     def _check_size(self) -> None:
-        if len(self.url) > MOST_URL_BYTES:
-            raise Refused(UrlTooLong(f"The URL is longer than {MOST_URL_BYTES} bytes."))
         if len(self.headers) > MOST_FIELDS:
             raise Refused(HeadTooLarge(f"The request has more than {MOST_FIELDS} header fields."))
         # The last read may hold some of the body too, so only what is kept of it is counted.
-        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > MOST_HEAD_BYTES:
-            raise Refused(HeadTooLarge(f"The request's head is larger than {MOST_HEAD_BYTES} bytes."))
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > MOST_HEAD_BYTES or len(self.url) > MOST_URL_BYTES:
+            raise Refused(_too_large(self.url))
 
     def _check_repeated(self) -> None:
         decisive = [name for name, _ in self.headers if name in DECISIVE]
@@ -546,6 +545,12 @@ def answer(problem: ApiError) -> bytes:
         head += f"retry-after: {problem.retry_after_seconds:g}\r\n"
     head += "connection: close\r\n\r\n"
     return STATUS_LINE[problem.status] + head.encode() + body
+
+
+def _too_large(url: bytes) -> ApiError:
+    if len(url) > MOST_URL_BYTES:
+        return UrlTooLong(f"The URL is longer than {MOST_URL_BYTES} bytes.")
+    return HeadTooLarge(f"The request's head is larger than {MOST_HEAD_BYTES} bytes.")
 
 
 def _without_origin(target: bytes, host: bytes) -> bytes:
