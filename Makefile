@@ -14,7 +14,7 @@ STEPS = format-check lint types contracts migrations-check test
 unexport DJANGO_SETTINGS_MODULE
 
 .DEFAULT_GOAL = help
-.PHONY: help install install-dev run test check format format-check lint types contracts migrations-check css lock
+.PHONY: help install install-dev run test bench check format format-check lint types contracts migrations-check css lock
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ run: install ## set everything up and serve on http://127.0.0.1:8000 (HOST and P
 
 test: install-dev ## set everything up and run the whole suite (ARGS="tests/proxy -k stream" runs a part)
 	@$(PYTHON_BIN) -m pytest $(ARGS)
+
+bench: install ## what a request costs beside nginx: a quarter of an hour (ARGS=--quick: two minutes), figures in bench/results/
+	@$(PYTHON_BIN) -m bench $(ARGS)
 
 check: install-dev ## what must pass before a change goes in: format, lint, types, contracts, migrations, tests
 	@began=$$(date +%s); times=; \

@@ -1,0 +1,246 @@
+"""The figures of a run as a table: in the terminal, or as Markdown into docs/performance.md.
+
+python -m bench.report                        the last run's table
+python -m bench.report docs/performance.md    put it between the page's two marks
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.subjects import REPOSITORY, find_nginx
+
+LATEST = REPOSITORY / "bench" / "results" / "latest.json"
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+
+Run = dict[str, Any]
+Table = tuple[str, list[str], list[list[str]]]  # a title, the columns, the rows
+
+
+def about(folder: Path, *, quick: bool) -> dict[str, Any]:
+    """What the figures are of: the commit, and the machine in general terms."""
+    program = find_nginx()
+    version = _said(program, "-v").rpartition("/")[2] if program else ""
+    changed = [line for line in _said("git", "status", "--porcelain", "--untracked-files=no").splitlines() if line[3:].endswith(".py")]
+    return {
+        "commit": _said("git", "rev-parse", "--short=10", "HEAD") + ("+" if changed else ""),
+        "quick": quick,
+        "python": platform.python_version(),
+        "nginx": version,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "file_system": _said("stat", "-f", "-c", "%T", str(folder)),
+    }
+
+
+def _said(*command: str) -> str:
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def save(path: Path, run: Run) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for found in run["results"].values():
+        if "gateway" in found and "nginx" in found:
+            found["ratio"] = round(found["gateway"]["cpu_us"] / found["nginx"]["cpu_us"], 2) if found["nginx"]["cpu_us"] else None
+    path.write_text(json.dumps(_rounded(run), indent=1) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list) else value
+
+
+def load(path: Path) -> Run:
+    run: Run = json.loads(path.read_text())
+    return run
+
+
+def tables(run: Run) -> list[Table]:
+    results = run["results"]
+    found = [_costs(results), _latencies(results), _opened(results)]
+    for name, title in (("steps", "The price of the steps (one JSON answer)"), ("journal", "Where the journal lies (one JSON answer)")):
+        if name in results:
+            found.append(_steps(results[name], title))
+    found.append(_check(results))
+    return [table for table in found if table[2]]
+
+
+def _costs(results: Run) -> Table:
+    rows = []
+    for name in ("whole", "whole_tls", "burst", "paced"):
+        found = results.get(name)
+        if found is None:
+            continue
+        gateway, nginx = found["gateway"], found.get("nginx")
+        rows.append(
+            [
+                found["title"],
+                f"{nginx['cpu_us']:.1f}" if nginx else "-",
+                f"{gateway['cpu_us']:.1f}",
+                f"{found['ratio']:.1f}" if nginx else "-",
+                f"{gateway['cpu_us'] - gateway['main_thread_us']:.1f}",
+                f"{gateway['per_second']:,.0f}",
+                f"{gateway['load_core']:.0%}",
+                f"{max(gateway['spread'], nginx['spread'] if nginx else 0):.0%}",
+            ]
+        )
+    columns = ["CPU per answer, µs", "nginx", "gateway", "ratio", "of it threads", "gateway answers/s", "load core", "spread"]
+    return "What an answer costs", columns, rows
+
+
+def _latencies(results: Run) -> Table:
+    rows = []
+    for name in ("whole_50", "burst_50", "paced_50"):
+        found = results.get(name)
+        for who in ("nginx", "gateway"):
+            if found is None or who not in found:
+                continue
+            figures = found[who]
+            pairs = [
+                f"{figures[f'added_{what}_p50_ms']:.2f} / {figures[f'added_{what}_p99_ms']:.2f}"
+                if f"added_{what}_p50_ms" in figures
+                else "-"
+                for what in ("latency", "first_byte", "event_delay")
+            ]
+            if name == "paced_50":
+                pairs[0] = "-"  # how long it takes is the upstream's timer's to say
+            rows.append([found["title"], who, *pairs, f"{figures['cpu_us']:.0f}", f"{figures['load_core']:.0%}"])
+    columns = ["added at 50 a second, p50 / p99 ms", "", "whole answer", "first byte", "each event", "CPU µs", "load core"]
+    return "What is added to the time of an answer", columns, rows
+
+
+def _opened(results: Run) -> Table:
+    rows = []
+    for name, found in results.items():
+        for who in ("nginx", "gateway"):
+            if not name.startswith("open_") or who not in found:
+                continue
+            figures = found[who]
+            rows.append(
+                [
+                    found["title"],
+                    who,
+                    f"{figures['memory_kib'] / 1024:.0f}",
+                    f"{figures['kib_per_stream']:.1f}",
+                    f"{figures['event_delay_p50_ms']:.2f} / {figures['event_delay_p99_ms']:.2f}",
+                    f"{figures['cpu_us']:.0f}",
+                    f"{figures['load_core']:.0%}",
+                ]
+            )
+    columns = ["open streams", "", "memory MiB", "KiB per stream", "event delay p50 / p99 ms", "CPU µs per event", "load core"]
+    return "Streams that stay open", columns, rows
+
+
+def _steps(steps: Run, title: str) -> Table:
+    rows = []
+    before = None
+    for name, figures in steps.items():
+        step = "" if before is None else f"{figures['cpu_us'] - before:+.1f}"
+        rows.append(
+            [name, f"{figures['cpu_us']:.1f}", step, f"{figures['cpu_us'] - figures['main_thread_us']:.1f}", f"{figures['spread']:.0%}"]
+        )
+        before = figures["cpu_us"]
+    return title, ["CPU per answer, µs", "all", "to the line above", "of it threads", "spread"], rows
+
+
+def _check(results: Run) -> Table:
+    rows = []
+    for name in ("whole", "burst"):
+        found = results.get(name)
+        if found is not None:
+            direct, gateway = found["direct"], found["gateway"]
+            rows.append(
+                [
+                    found["title"],
+                    f"{direct['per_second']:,.0f}",
+                    f"{gateway['per_second']:,.0f}",
+                    f"{direct['per_second'] / gateway['per_second']:.1f}",
+                    f"{gateway['subject_core']:.0%}",
+                    f"{gateway['others_subject_core']:.0%} / {gateway['others_load_core']:.0%}",
+                ]
+            )
+    columns = [
+        "Is load or upstream the bottleneck?",
+        "direct /s",
+        "gateway /s",
+        "ratio (wanted: 3)",
+        "gateway's core",
+        "others on the two cores",
+    ]
+    return "The check", columns, rows
+
+
+def text(run: Run) -> str:
+    lines = [_of(run["about"])]
+    for title, columns, rows in tables(run):
+        widths = [max(len(row[number]) for row in [columns, *rows]) for number in range(len(columns))]
+        lines += ["", title, "=" * len(title)]
+        for row in [columns, *rows]:
+            cells = [
+                cell.ljust(width) if number == 0 else cell.rjust(width)
+                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(cells).rstrip())
+    return "\n".join([*lines, "", *_at_rest(run)])
+
+
+def markdown(run: Run) -> str:
+    lines = [_of(run["about"])]
+    for title, columns, rows in tables(run):
+        lines += ["", f"**{title}**", "", f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, "", *_at_rest(run)])
+
+
+def _at_rest(run: Run) -> list[str]:
+    found = run["results"].get("at_rest")
+    return [f"Without any request the gateway takes {found['cpu_ms_per_second']:.1f} ms of CPU a second."] if found else []
+
+
+def _of(about: Run) -> str:
+    mode = "a quick run" if about["quick"] else "a full run"
+    nginx = f"nginx {about['nginx']}, " if about["nginx"] else ""
+    return f"Commit {about['commit']}, {mode}; {nginx}Python {about['python']}, {about['processor']}, data on {about['file_system']}."
+
+
+def put_into(page: Path, run: Run) -> None:
+    """Replace what stands between the two marks of the page."""
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{page} has no place for the figures: {BEGIN} ... {END}")
+    page.write_text(f"{before}{BEGIN}\n{markdown(run)}\n{END}{after}")
+
+
+def main() -> None:
+    if not LATEST.exists():
+        raise SystemExit("There are no figures yet: run `make bench` first.")
+    run = load(LATEST)
+    if sys.argv[1:]:
+        put_into(Path(sys.argv[1]), run)
+    else:
+        print(text(run))
+
+
+if __name__ == "__main__":
+    main()
