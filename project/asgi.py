@@ -19,7 +19,7 @@ from django.db import DatabaseError
 
 from project.runtime import Runtime
 from providers.wire import encode_json
-from proxy.call import Receive, Scope, Send
+from proxy.call import Message, Receive, Scope, Send, new_request_id
 from proxy.errors import Unavailable, UnknownPath
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,11 @@ def is_gateways(scope: Scope) -> bool:
 
 async def http(scope: Scope, receive: Receive, send: Send) -> None:
     path = scope["path"]
+    gateways = is_gateways(scope)
+    if not gateways:
+        send = with_request_id(send)
     if path in ("/healthz", "/readyz"):
         return await probe(path, send)
-    gateways = is_gateways(scope)
     if ("web" if gateways else "gateway") == settings.SERVE_ONLY:
         return await say(404, NOT_HERE, send)
     if settings.SERVE_ONLY != "web" and not await started():
@@ -50,6 +52,17 @@ async def http(scope: Scope, receive: Receive, send: Send) -> None:
     if gateways:
         return await runtime.gateway(scope, receive, send)
     await django(cast(dict[str, Any], scope), receive, send)  # type: ignore[arg-type]
+
+
+def with_request_id(send: Send) -> Send:
+    """Every answer carries one; the gateway's own stand in the usage rows, too."""
+
+    async def send_with_id(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], (b"x-request-id", new_request_id().encode())]
+        await send(message)
+
+    return send_with_id
 
 
 async def started() -> bool:

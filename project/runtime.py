@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from asgiref.sync import sync_to_async
@@ -19,7 +19,7 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError, InterfaceError, close_old_connections, connection
 
-from accounts.principal import Principal
+from accounts.principal import Limit, Principal
 from providers.actions import check_canary
 from providers.clock import Timeouts
 from providers.egress import Egress
@@ -139,8 +139,9 @@ class Runtime:
             log.info("Adopted %s usage rows of earlier workers", adopted)
         catalog = snapshot.load()
         budgets = self.limits.untracked(catalog.money_limits())
+        spent = ledger.spent_in(budgets, time.time())
         self.limits.track(budgets)
-        self.limits.add_spent(ledger.spent_in(budgets, time.time()))
+        self.limits.add_spent(spent)
         self.current.catalog = catalog
         close_old_connections()
 
@@ -149,15 +150,34 @@ class Runtime:
 
         The loop begins to count them at one point of the journal; all that was settled before it is shipped, and then
         read from the totals."""
-        budgets = self.limits.untracked(catalog.money_limits())
-        if budgets:
-            assert self._ledger is not None
-            position = asyncio.run_coroutine_threadsafe(self._begin_tracking(budgets), self._loop).result(timeout=30)
-            self._ledger.ship(until=position)
-            spent = ledger.spent_in(budgets, time.time())
-            self._loop.call_soon_threadsafe(self.limits.add_spent, spent)
+        self._count(catalog.money_limits())
         self._loop.call_soon_threadsafe(self.limits.forget_past_windows, time.time())
         self._loop.call_soon_threadsafe(setattr, self.current, "catalog", catalog)
+
+    def _count(self, limits: Iterable[Limit]) -> None:
+        """Begin to count the budgets among these that are not counted yet. Not on the loop. Raises DatabaseError."""
+        assert self._ledger is not None
+        with self._ledger.shipping:  # or what is settled after the position would be counted twice
+            budgets = self.limits.untracked(limits)
+            if not budgets:
+                return
+            try:
+                position = asyncio.run_coroutine_threadsafe(self._begin_tracking(budgets), self._loop).result(timeout=30)
+                self._ledger.ship(until=position)
+                spent = ledger.spent_in(budgets, time.time())
+            except BaseException:
+                self._loop.call_soon_threadsafe(self.limits.untrack, budgets)
+                raise
+            self._loop.call_soon_threadsafe(self.limits.add_spent, spent)
+
+    def _load_and_count(self, digests: Sequence[bytes]) -> Principal | None:
+        try:
+            principal = snapshot.load_key(digests)
+            if principal is not None:
+                self._count(limit for limit in principal.limits if limit.metric == "money")
+            return principal
+        finally:
+            close_old_connections()
 
     async def _begin_tracking(self, budgets: set[tuple[str, str, str]]) -> tuple[int, int]:
         self.limits.track(budgets)
@@ -168,7 +188,7 @@ class Runtime:
         if digests and self._unknown.get(digests[0], 0.0) > now:
             return None
         try:
-            principal = await sync_to_async(_load_key, thread_sensitive=False)(digests)
+            principal = await sync_to_async(self._load_and_count, thread_sensitive=False)(digests)
         except (DatabaseError, InterfaceError):
             log.warning("A key could not be looked up: the database is away")
             raise Unavailable("The gateway cannot check this key just now.", code="database_unavailable", retry_after_seconds=2) from None
@@ -231,10 +251,3 @@ def own_data_dir() -> int | None:
             f"Another process already serves from {settings.DATA_DIR}. Limits live in its memory: stop it first."
         ) from None
     return descriptor
-
-
-def _load_key(digests: Sequence[bytes]) -> Principal | None:
-    try:
-        return snapshot.load_key(digests)
-    finally:
-        close_old_connections()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from time import time
 from typing import Any, ClassVar
 
 import msgspec
@@ -38,6 +40,7 @@ from providers.secrets import SecretText, redact
 from providers.wire import Json
 
 USER_AGENT = "sluice/0.1"
+LONGEST_WAIT_SECONDS = 10**8  # an upstream that asks for more says nothing of use
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +209,7 @@ class OpenAICompatible(Adapter):
         return ask.stream and ask.add_usage_option and not ask.client_wants_usage and ask.endpoint in self._takes_usage_option
 
     def reader(self, ask: Ask, target: Target) -> Reader:
-        return SameShape(drop_usage_event=self._adds_usage(ask), says_done=ask.endpoint in self._takes_usage_option)
+        return SameShape(drop_usage_event=self._adds_usage(ask), says_done=ask.endpoint in self._takes_usage_option, target=target)
 
     def answer(self, ask: Ask, target: Target, body: bytes, content_type: str) -> Whole:
         if ask.endpoint == "audio/speech" and "json" not in content_type and "html" not in content_type:
@@ -221,9 +224,7 @@ class OpenAICompatible(Adapter):
 
     def failure(self, target: Target, status: int, headers: Mapping[str, str], body: bytes) -> UpstreamFailure:
         said = _said(body)
-        problem = _classify(status, said, _retry_after_seconds(headers), callers_key=target.callers_key)
-        problem.upstream_status = status
-        return problem
+        return _problem(target, status, said, _retry_after_seconds(headers))
 
     def models_request(self, target: Target) -> Outgoing | None:
         return target.get("/models", self.headers(target))
@@ -252,25 +253,33 @@ class SameShape(Reader):
 
     _HANDSHAKE = frozenset({"response.created", "response.queued", "response.in_progress"})
     # What ends a stream of the APIs that send no [DONE].
-    _LAST = frozenset({"response.completed", "response.incomplete", "response.failed", "image_generation.completed", "speech.audio.done"})
+    _LAST = frozenset({"response.completed", "response.incomplete", "response.failed", "speech.audio.done"})
+    # One of these comes with each image: which is the last, only the end of the stream tells.
+    _MAY_BE_LAST = frozenset({"image_generation.completed"})
 
-    def __init__(self, *, drop_usage_event: bool, says_done: bool) -> None:
+    def __init__(self, *, drop_usage_event: bool, says_done: bool, target: Target | None = None) -> None:
+        self._target = target
         self._drop_usage_event = drop_usage_event
         self._says_done = says_done
-        self._rest = b""
+        self._parts: list[bytes] = []  # of an event that is not whole yet; joined once, when it is
+        self._parts_bytes = 0
+        self._tail = b""  # the last bytes of the parts: a blank line may begin in them
         self._bad_events = 0
         self._saw_reason = False
+        self._saw_complete = False
         self._saw_done = False
 
     def feed(self, data: bytes) -> bytes:
-        buffer = self._rest + data if self._rest else data
+        if self._parts and not wire.whole_events(self._tail + data):
+            return self._wait_for_more(data)
+        buffer = b"".join([*self._parts, data]) if self._parts else data
         cut = wire.whole_events(buffer)
+        self._parts, self._parts_bytes = [], 0
+        if cut < len(buffer):
+            self._wait_for_more(buffer[cut:])
         if not cut:
-            if len(buffer) > wire.MOST_EVENT_BYTES:
-                raise self._broken("The upstream sent an event that is too large.")
-            self._rest = buffer
             return b""
-        whole, self._rest = (buffer, b"") if cut == len(buffer) else (buffer[:cut], buffer[cut:])
+        whole = buffer[:cut] if cut < len(buffer) else buffer
         if self.started and not _needs_a_look(whole):
             self.events += whole.count(b"data:")
             self.content_bytes += _text_bytes(whole)
@@ -286,13 +295,23 @@ class SameShape(Reader):
                 break
         return b"".join(out)
 
+    def _wait_for_more(self, data: bytes) -> bytes:
+        self._parts.append(data)
+        self._parts_bytes += len(data)
+        self._tail = (self._tail + data)[-3:] if len(self._parts) > 1 else data[-3:]
+        if self._parts_bytes > wire.MOST_EVENT_BYTES:
+            raise self._broken("The upstream sent an event that is too large.")
+        return b""
+
     def end(self) -> bytes:
         if self.failure is not None:
             raise self.failure
         last = b""
-        if self._rest.strip():
-            rest, self._rest = self._rest, b""
+        rest, self._parts = b"".join(self._parts), []
+        if rest.strip():
             last = self._look(rest + b"\n\n") or b""
+        if self._saw_complete:
+            self.finished = True
         if self._saw_done or (self.finished and not self._says_done):
             return last
         if self._saw_reason:  # some servers leave out [DONE]: a finish reason is as good
@@ -321,11 +340,13 @@ class SameShape(Reader):
         if seen.error or seen.type == "error":
             raise self._said_error(data)
         if tokens := _tokens_of(seen.usage or (seen.response.usage if seen.response else None), seen.choices):
-            self.tokens = tokens
+            self.tokens = tokens + self.tokens if self.tokens is not None and seen.type in self._MAY_BE_LAST else tokens
             if self._drop_usage_event and not seen.choices:
                 return None
         if seen.type in self._LAST:
             self.finished = True
+        elif seen.type in self._MAY_BE_LAST:
+            self._saw_complete = True
         if _is_content(seen, self._HANDSHAKE):
             self.started = True
             self.events += 1
@@ -353,7 +374,7 @@ class SameShape(Reader):
         said = _said(data)
         if self.started:
             return UpstreamBroke(said.message or "The upstream reported an error in the middle of the stream.", code=said.code)
-        return _classify(said.status or 500, said, None, callers_key=False)
+        return _problem(self._target, said.status or 500, said, None)
 
     def _broken(self, message: str) -> UpstreamFailure:
         return UpstreamBroke(message) if self.started else UpstreamProtocol(message)
@@ -462,6 +483,15 @@ _NO_MODEL = ("model_not_found", "model not found", "does not exist", "unknown mo
 _NO_CREDIT = ("insufficient_quota", "credit_balance_exhausted", "insufficient_funds", "billing_hard_limit_reached")
 
 
+def _problem(target: Target | None, status: int, said: _Said, retry_after_seconds: float | None) -> UpstreamFailure:
+    callers_key = target is not None and target.callers_key
+    problem = _classify(status, said, retry_after_seconds, callers_key=callers_key)
+    problem.upstream_status = status
+    if target is not None and callers_key:  # nobody else knows this secret, so no redactor does
+        problem.message = problem.message.replace(target.secret.reveal(), "[redacted]")
+    return problem
+
+
 def _classify(status: int, said: _Said, retry_after_seconds: float | None, *, callers_key: bool) -> UpstreamFailure:
     text = f"{said.code or ''} {said.type or ''} {said.message}".lower()
 
@@ -505,15 +535,13 @@ def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
             seconds = float(headers.get(name, "")) / unit
         except ValueError:
             continue
-        return seconds if 0 <= seconds < 10**8 else None
+        return seconds if 0 <= seconds < LONGEST_WAIT_SECONDS else None
     return _until(headers.get("retry-after", ""))
 
 
 def _until(date: str) -> float | None:
-    from email.utils import parsedate_to_datetime
-    from time import time
-
     try:
-        return max(0.0, parsedate_to_datetime(date).timestamp() - time())
-    except (ValueError, TypeError):
+        seconds = parsedate_to_datetime(date).timestamp() - time()
+    except (ValueError, TypeError, OverflowError):
         return None
+    return max(0.0, seconds) if seconds < LONGEST_WAIT_SECONDS else None

@@ -7,7 +7,7 @@ half up once per request.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from fnmatch import fnmatchcase
 
 MILLION = 1_000_000
@@ -22,6 +22,9 @@ class Tokens:
     cache_write: int = 0
     output: int = 0  # without reasoning
     reasoning: int = 0
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def input(self) -> int:

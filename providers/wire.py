@@ -88,7 +88,8 @@ class ChatHead(Head):
     response_format: dict[str, Any] | None = None
 
     def ceiling(self) -> int | None:
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        # An upstream may heed either.
+        return max((one for one in (self.max_completion_tokens, self.max_tokens) if one is not None), default=None)
 
     def missing(self) -> str | None:
         return "messages" if self.messages is None else None
@@ -175,24 +176,24 @@ class SpeechHead(Head):
 
 
 class Details(msgspec.Struct):
-    cached_tokens: int | None = None
-    cache_write_tokens: int | None = None
-    reasoning_tokens: int | None = None
+    cached_tokens: Number | None = None
+    cache_write_tokens: Number | None = None
+    reasoning_tokens: Number | None = None
 
 
 class Usage(msgspec.Struct):
     """Both spellings: `prompt_tokens` of chat and `input_tokens` of Responses."""
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
+    prompt_tokens: Number | None = None
+    completion_tokens: Number | None = None
+    input_tokens: Number | None = None
+    output_tokens: Number | None = None
     prompt_tokens_details: Details | None = None
     completion_tokens_details: Details | None = None
     input_tokens_details: Details | None = None
     output_tokens_details: Details | None = None
-    prompt_cache_hit_tokens: int | None = None
-    total_tokens: int | None = None
+    prompt_cache_hit_tokens: Number | None = None
+    total_tokens: Number | None = None
 
     def tokens(self) -> Tokens | None:
         """Disjoint parts, or None when the object counts nothing."""
@@ -217,8 +218,8 @@ class Usage(msgspec.Struct):
         )
 
 
-def _within(part: int | None, whole: int) -> int:
-    return max(0, min(part or 0, whole))
+def _within(part: Number | None, whole: int) -> int:
+    return max(0, min(int(part or 0), whole))
 
 
 class Delta(msgspec.Struct):

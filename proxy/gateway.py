@@ -101,6 +101,8 @@ class Gateway:
         try:
             if not host_is_allowed(headers, self.site):
                 raise InvalidRequest("This host name is not served here: see ALLOWED_HOSTS.", code="invalid_host")
+            if not (incoming.callers_key.isascii() and incoming.callers_key.isprintable()):
+                raise InvalidRequest("X-Upstream-Key holds what no key can hold.", code="invalid_upstream_key")
             if incoming.method == "OPTIONS":
                 return await reply.whole(204, b"", headers=preflight(headers))
             endpoint, model_id = find_endpoint(incoming)
@@ -117,7 +119,7 @@ class Gateway:
                 default_model=endpoint.default_model,
                 seed=endpoint.seed,
             )
-            targets = route(principal, asked.model, incoming.callers_key, catalog, self.health)
+            targets = translate.that_have(route(principal, asked.model, incoming.callers_key, catalog, self.health), asked.endpoint)
             outcome = Outcome()
             admission = await admit(incoming, principal, asked, targets, catalog, self.limits, self.journal(), outcome)
         except ClientClosed:
@@ -186,9 +188,10 @@ class Gateway:
                 except UsageOptionRefused:
                     if ask.client_wants_usage or not ask.add_usage_option:
                         raise
-                    self.health.refuses_usage_option(target)
                     ask.add_usage_option = False
-                    return await self._from(target, ask, catalog, incoming, reply, outcome, deadline)
+                    await self._from(target, ask, catalog, incoming, reply, outcome, deadline)
+                    self.health.refuses_usage_option(target)  # only now is it known that the option was to blame
+                    return None
             except UpstreamFailure as problem:
                 self.health.failed(target, problem, pool)
                 note(target, problem, incoming)

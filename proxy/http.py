@@ -59,6 +59,8 @@ def _is_trusted(address: str, site: Site) -> bool:
         ip = ipaddress.ip_address(address)
     except ValueError:
         return False
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
+        ip = ip.ipv4_mapped
     return any(ip.version == network.version and ip in network for network in site.trusted_proxies)
 
 

@@ -14,6 +14,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -84,6 +85,8 @@ _decode = msgspec.json.Decoder(Record).decode
 
 def frame(record: Record) -> bytes:
     payload = _encode(record)
+    if len(payload) > MOST_RECORD_BYTES:
+        raise ValueError("A record larger than its reader takes would hide all that follow.")
     return HEAD.pack(len(payload), zlib.crc32(payload)) + payload
 
 
@@ -102,6 +105,27 @@ def read(segment: Path, offset: int = 0, until: int | None = None) -> Iterator[t
             return
         position += HEAD.size + length
         yield _decode(payload), offset + position
+
+
+def is_torn(segment: Path, offset: int) -> bool:
+    """Whether what follows the last whole record is no more than the beginning of one: a writer died while it wrote.
+
+    Anything else is damage, and may hide records behind it."""
+    with segment.open("rb") as file:
+        file.seek(offset)
+        rest = file.read(MOST_RECORD_BYTES + HEAD.size + 1)
+    if len(rest) < HEAD.size:
+        return True
+    length, _ = HEAD.unpack_from(rest)
+    return bool(length <= MOST_RECORD_BYTES and len(rest) < HEAD.size + length)
+
+
+def set_aside(folder: Path, descriptor: int) -> Path:
+    """Keep a damaged journal, out of the way of those that look for journals, and give its lock up. Where it is now."""
+    kept = folder.with_name(f".damaged-{folder.name}")
+    folder.rename(kept)
+    os.close(descriptor)
+    return kept
 
 
 def segments(folder: Path) -> list[Path]:
@@ -191,8 +215,8 @@ class Journal:
         try:
             self._append(data)
         except OSError:
-            self._release()
             try:
+                self._release()
                 self._append(data)
             except OSError:
                 self._unsaved.append(data)
@@ -207,7 +231,8 @@ class Journal:
     def drop(self, number: int) -> None:
         """A sealed segment has been shipped whole: delete it."""
         self.segment(number).unlink(missing_ok=True)
-        self._sealed_bytes -= self._sealed.pop(number, 0)
+        size = self._sealed.pop(number, 0)  # the ledger's thread: the loop only adds
+        self._sealed_bytes -= size
 
     @property
     def size(self) -> int:
@@ -267,7 +292,8 @@ class Journal:
             with (self.folder / "reserve").open("wb") as file:
                 file.write(b"\0" * RESERVE_BYTES)
         except OSError:
-            self._release()
+            with suppress(OSError):
+                self._release()
             return False
         self._reserved = True
         return True

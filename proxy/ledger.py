@@ -7,6 +7,7 @@ really inserted, in the same transaction.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import uuid
@@ -33,6 +34,7 @@ ADOPT_EVERY_SECONDS = 15.0
 FLUSH_REFUSALS_EVERY_SECONDS = 2.0
 CHECKPOINT_EVERY_SECONDS = 10.0
 INTERRUPTED = "interrupted"
+MOST_COST = 2**63 - 1  # what a row can hold
 QUARTER = timedelta(minutes=15)
 
 Row = dict[str, Any]
@@ -96,19 +98,25 @@ def adopt(folder: Path) -> int | None:
     descriptor = journal.lock(folder)
     if descriptor is None:
         return None
-    waiting: dict[str, Admitted] = {}
-    settled: list[Settled] = []
-    for record in _records(folder):
-        if isinstance(record, Settled):
-            settled.append(record)
-        else:
-            waiting[record.request_id] = record
-    for record in settled:
-        waiting.pop(record.request_id, None)
-    stored = store([row_of(record) for record in settled] + [_interrupted(record) for record in waiting.values()])
-    journal.remove(folder, descriptor)
+    try:
+        records, damaged = _all_of(folder)
+        settled = [record for record in records if isinstance(record, Settled)]
+        waiting = {record.request_id: record for record in records if isinstance(record, Admitted)}
+        for record in settled:
+            waiting.pop(record.request_id, None)
+        stored = store([row_of(record) for record in settled] + [_interrupted(record) for record in waiting.values()])
+    except BaseException:
+        os.close(descriptor)  # not stored: the next round, or another worker, tries again
+        raise
     if waiting:
         log.warning("Adopted the journal of a worker that died: %s requests were interrupted", len(waiting))
+    if damaged:
+        log.error(
+            "A journal was damaged in the middle. What could be read is stored; the rest is kept in %s",
+            journal.set_aside(folder, descriptor),
+        )
+    else:
+        journal.remove(folder, descriptor)
     return stored
 
 
@@ -140,7 +148,7 @@ def row_of(record: Settled) -> Row:
         "cache_write": record.cache_write,
         "output": record.output,
         "reasoning": record.reasoning,
-        "cost": record.cost,
+        "cost": None if record.cost is None else min(record.cost, MOST_COST),
         "price_id": record.price,
         "usage_source": record.usage_source,
         "first_byte_ms": record.first_byte_ms,
@@ -179,7 +187,7 @@ class Ledger(threading.Thread):
     def __init__(self, own: Journal, root: Path, refusals: Refusals) -> None:
         super().__init__(name="sluice-ledger", daemon=True)
         self._own, self._root, self._refusals = own, root, refusals
-        self._shipping = threading.Lock()
+        self.shipping = threading.RLock()  # held: nothing of this process reaches the totals
         self._ending = threading.Event()
         self._used: dict[int, datetime] = {}
 
@@ -215,7 +223,7 @@ class Ledger(threading.Thread):
 
     def ship(self, until: tuple[int, int] | None = None) -> int:
         """Store what our journal holds, up to a position if one is given. How many rows were new. Raises DatabaseError."""
-        with self._shipping:
+        with self.shipping:
             last, offset = until or self._own.position()
             stored = 0
             while self._own.shipped < (last, offset):
@@ -257,10 +265,16 @@ def checkpoint() -> None:
             cursor.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
 
-def _records(folder: Path) -> Iterable[Record]:
+def _all_of(folder: Path) -> tuple[list[Record], bool]:
+    """Every record that can be read, and whether more than a torn tail could not."""
+    records: list[Record] = []
+    damaged = False
     for segment in journal.segments(folder):
-        for record, _ in journal.read(segment):
-            yield record
+        end = 0
+        for record, end in journal.read(segment):  # noqa: B007 the last offset is used below
+            records.append(record)
+        damaged = damaged or not journal.is_torn(segment, end)
+    return records, damaged
 
 
 def _interrupted(record: Admitted) -> Row:

@@ -23,7 +23,8 @@ class Refusals:
     def count(self, principal: Principal | None, status: int, code: str) -> None:
         if status in COUNTED:
             key = (int(time.time()) // HOUR * HOUR, principal.key_id if principal else 0, status, code)
-            self._counts[key] = self._counts.get(key, 0) + 1
+            counts = self._counts  # one look: the ledger's thread may put a new one in its place
+            counts[key] = counts.get(key, 0) + 1
 
     def count_shadowed(self, principal: Principal, codes: Iterable[str]) -> None:
         for code in codes:

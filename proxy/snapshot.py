@@ -131,7 +131,13 @@ def _principals(found: Iterable[accounts.ApiKey]) -> dict[bytes, Principal]:
     limits: dict[str, list[accounts.Limit]] = {}
     for limit in accounts.Limit.objects.filter(organization__in={key.organization_id for key in keys}):
         limits.setdefault(limit.scope, []).append(limit)
-    return {bytes(key.digest): _principal(key, limits) for key in keys}
+    principals: dict[bytes, Principal] = {}
+    for key in keys:
+        try:
+            principals[bytes(key.digest)] = _principal(key, limits)
+        except (ValueError, TypeError) as problem:  # written past our forms: this key fails closed, the others go on
+            log.error("Key %s cannot be read and is left out: %s", key.pk, problem)
+    return principals
 
 
 def _principal(key: accounts.ApiKey, limits: dict[str, list[accounts.Limit]]) -> Principal:

@@ -43,12 +43,31 @@ async def admit(
             money=dearest(targets, catalog, incoming.at, asked.size, output) if principal.limits else 0,
         )
     )
-    first = targets[0]
+    try:
+        write_down(incoming, principal, asked, targets[0], estimate, catalog, journal)
+    except BaseException:
+        limits.settle(request_id, 0, 0)
+        raise
+    return Admission(
+        request_id=incoming.id,
+        principal=principal,
+        endpoint=asked.endpoint,
+        model=redact.name(asked.model),
+        stream=asked.stream,
+        input_estimate=estimate,
+        started=time.monotonic(),
+    )
+
+
+def write_down(
+    incoming: Incoming, principal: Principal, asked: Asked, first: Target, estimate: int, catalog: Catalog, journal: Journal
+) -> None:
+    """No record, no call. Raises Unavailable when the journal takes no more."""
     price = catalog.prices.find(first.public_model, incoming.at)
     try:
         journal.admitted(
             Admitted(
-                request_id=request_id,
+                request_id=incoming.id,
                 at=milliseconds_of(incoming.id),
                 organization=principal.organization_id,
                 team=principal.team_id,
@@ -66,19 +85,9 @@ async def admit(
             )
         )
     except JournalFull:
-        limits.settle(request_id, 0, 0)
         raise Unavailable(
             "The gateway cannot record usage just now and takes no new requests.", code="journal_full", retry_after_seconds=5
         ) from None
-    return Admission(
-        request_id=incoming.id,
-        principal=principal,
-        endpoint=asked.endpoint,
-        model=redact.name(asked.model),
-        stream=asked.stream,
-        input_estimate=estimate,
-        started=time.monotonic(),
-    )
 
 
 def estimated_input(size: int) -> int:

@@ -11,7 +11,7 @@ from proxy.journal import Journal, Settled
 from proxy.stores.limits import LimitStore
 
 # Calls whose price does not follow from tokens that we could estimate.
-_NOT_BY_TEXT = frozenset({"images/generations"})
+_NOT_BY_TEXT = frozenset({"images/generations", "audio/speech"})
 
 
 def meter(admission: Admission, outcome: Outcome, limits: LimitStore, journal: Journal) -> None:
@@ -50,7 +50,8 @@ def meter(admission: Admission, outcome: Outcome, limits: LimitStore, journal: J
             duration_ms=_milliseconds(admission.started, now),
         )
     )
-    limits.settle(admission.request_id, tokens.total, cost or 0)
+    # What could not be priced keeps what was held for it, or a hard budget would never end.
+    limits.settle(admission.request_id, tokens.total, cost)
 
 
 def counted(admission: Admission, outcome: Outcome) -> tuple[Tokens, str]:

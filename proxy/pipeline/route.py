@@ -16,10 +16,10 @@ def route(principal: Principal, model: str, callers_key: str, catalog: Catalog, 
     """Targets in the order in which to try them.
 
     Raises ModelNotFound, ModelNotAllowed, InvalidRequest, and OverLimit or OverBudget when every upstream asked to wait."""
-    groups = resolve(principal, model, catalog)
-    if not principal.may_use(model):
+    groups, by_name = resolve(principal, model, catalog)
+    if not (by_name and principal.may_use(model)):
         groups = _only(groups, lambda candidate: principal.may_use(public_id(candidate)))
-        if not groups:
+        if not groups and not principal.may_use(model):
             raise ModelNotAllowed(f"This key may not use the model '{model}'.", param="model")
     if not groups:
         raise ModelNotFound(f"The model '{model}' does not exist or you do not have access to it.", param="model")
@@ -30,16 +30,19 @@ def route(principal: Principal, model: str, callers_key: str, catalog: Catalog, 
     return [_target(candidate, callers_key) for candidate in health.order(groups)]
 
 
-def resolve(principal: Principal, model: str, catalog: Catalog) -> list[list[Candidate]]:
-    """Every credential that could serve this name: one group for each model of an alias, else one group in all."""
+def resolve(principal: Principal, model: str, catalog: Catalog) -> tuple[list[list[Candidate]], bool]:
+    """Every credential that could serve this name: one group for each model of an alias, else one group in all.
+
+    Then whether the name itself leads there: what the catch-all serves goes by another name than the client's."""
     alias = catalog.alias(model, principal)
+    by_name = True
     if alias is None:
         found = _of_model(principal, model, catalog)
         if found:
-            return [found]
-        alias = catalog.alias("*", principal)
+            return [found], True
+        alias, by_name = catalog.alias("*", principal), False
     targets = alias.targets if alias is not None else ()
-    return [found for target in targets if (found := _of_model(principal, target, catalog))]
+    return [found for target in targets if (found := _of_model(principal, target, catalog))], by_name
 
 
 def _only(groups: list[list[Candidate]], wanted: Callable[[Candidate], bool]) -> list[list[Candidate]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -17,6 +17,11 @@ from proxy.errors import InvalidRequest
 
 # Fields that name where to connect or with what secret: that is never the client's to say.
 FORBIDDEN = ("api_base", "base_url", "api_key", "headers", "extra_headers", "extra_query", "extra_body", "proxy")
+
+STREAMS = frozenset({"chat/completions", "completions", "responses", "images/generations", "audio/speech"})
+
+# Longer than any alias, or prefix and id, that the database can hold.
+MOST_NAME_LENGTH = 512
 
 # The OpenAI-workers seed filled these in where the client sent nothing (protocol reference 4.1).
 SEED_DEFAULTS: Json = {"model": "gpt-3.5-turbo", "temperature": 0.7, "max_tokens": 1000, "stream": False}
@@ -43,9 +48,13 @@ def read(endpoint: str, head: type[Head], raw: bytes, *, content_type: str, defa
     model = fields.model or default_model
     if not model:
         raise InvalidRequest("You must provide a model parameter.", param="model", code="missing_required_parameter")
+    if len(model) > MOST_NAME_LENGTH:
+        raise InvalidRequest("This is longer than any model's name.", param="model", code="invalid_model")
     if missing := fields.missing():
         raise InvalidRequest(f"Missing required parameter: '{missing}'.", param=missing, code="missing_required_parameter")
     stream = bool(fields.stream) or getattr(fields, "stream_format", None) == "sse"
+    if stream and endpoint not in STREAMS:
+        raise InvalidRequest("This endpoint has no streams.", param="stream", code="unsupported_parameter")
     return Asked(endpoint=endpoint, head=fields, body=body, size=len(raw), model=model, stream=stream)
 
 
@@ -58,6 +67,16 @@ def with_seed_defaults(body: Json) -> Json:
         defaults.pop("max_tokens", None)
         del defaults["temperature"]
     return defaults | {name: value for name, value in body.items() if value is not None or name not in SEED_DEFAULTS}
+
+
+def that_have(targets: Sequence[Target], endpoint: str) -> list[Target]:
+    """Those targets whose upstream has this endpoint. Raises InvalidRequest when none has."""
+    having = [target for target in targets if endpoint in registry.adapter(target.kind).endpoints]
+    if not having:
+        raise InvalidRequest(
+            f"The upstream of '{targets[0].public_model}' has no '{endpoint}'.", param="model", code="unsupported_endpoint"
+        )
+    return having
 
 
 def ask_of(asked: Asked, request_id: str, *, add_usage_option: bool) -> Ask:
@@ -73,14 +92,9 @@ def ask_of(asked: Asked, request_id: str, *, add_usage_option: bool) -> Ask:
 
 
 def outgoing(ask: Ask, target: Target) -> Outgoing:
-    """Raises InvalidRequest for an endpoint that this upstream does not have, UpstreamFailure for an address that is none."""
-    adapter = registry.adapter(target.kind)
-    if ask.endpoint not in adapter.endpoints:
-        raise InvalidRequest(
-            f"The upstream of '{target.public_model}' has no '{ask.endpoint}'.", param="model", code="unsupported_endpoint"
-        )
+    """Raises InvalidRequest for a value that cannot be sent."""
     try:
-        return adapter.request(ask, target)
+        return registry.adapter(target.kind).request(ask, target)
     except (OverflowError, RecursionError, UnicodeEncodeError):
         raise InvalidRequest("The request holds a value that JSON cannot carry.", code="invalid_json") from None
 

@@ -31,6 +31,7 @@ REST_SECONDS = {RateLimited: 10.0, ForbiddenAtUpstream: 60.0, ModelGone: 60.0, O
 EJECT_AFTER = 5  # gateway errors in a row
 EJECTION_SECONDS, LONGEST_EJECTION_SECONDS = 30.0, 300.0
 ALL_MODELS = ""
+MOST_RESTS = 4096
 
 Candidate = tuple[Upstream, str]  # a credential, and the model's name there
 
@@ -88,6 +89,8 @@ class Health:
         if target.callers_key:
             return  # the caller's own account says nothing about ours
         now, account = self._clock(), target.credential_id
+        if len(self._rests) >= MOST_RESTS:  # clients make up names of models; what matters most is kept
+            self._rests = {key: rest for key, rest in self._rests.items() if rest.until > now and key[1] == ALL_MODELS}
         model = ALL_MODELS if isinstance(problem, UpstreamFailed) and problem.whole_account else target.model
         seconds = next((rest for kind, rest in REST_SECONDS.items() if isinstance(problem, kind)), None)
         if seconds is not None:
@@ -112,6 +115,8 @@ class Health:
         return (target.credential_id, target.model) not in self._no_usage_option
 
     def refuses_usage_option(self, target: Target) -> None:
+        if len(self._no_usage_option) >= MOST_RESTS:
+            self._no_usage_option.clear()
         self._no_usage_option.add((target.credential_id, target.model))
 
     def _rest_of(self, credential_id: int, model: str, now: float) -> Rest | None:

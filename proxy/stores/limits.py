@@ -33,8 +33,10 @@ class LimitStore(Protocol):
 
         Raises OverLimit, OverBudget or UnpricedModel."""
 
-    def settle(self, request_id: str, tokens: int, money: int) -> None:
-        """Put what was really used in place of what was held. A second time it does nothing."""
+    def settle(self, request_id: str, tokens: int, money: int | None) -> None:
+        """Put what was really used in place of what was held; None = not known, then the hold is what was spent.
+
+        A second time it does nothing."""
 
 
 @lru_cache(maxsize=4096)

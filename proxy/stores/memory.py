@@ -38,10 +38,12 @@ class MemoryLimits:
         self._take(hold, now)
         return tuple(shadowed)
 
-    def settle(self, request_id: str, tokens: int, money: int) -> None:
+    def settle(self, request_id: str, tokens: int, money: int | None) -> None:
         hold = self._holds.pop(request_id, None)
         if hold is None:
             return
+        if money is None:
+            money = hold.money or 0
         for limit in hold.limits:
             if limit.metric == "concurrency":
                 self._leave(limit.scope)
@@ -67,6 +69,13 @@ class MemoryLimits:
         """Count these from now on. What was settled before must be added with `add_spent`."""
         for budget in budgets:
             self._tracked.setdefault(budget[0], set()).add(budget)
+
+    def untrack(self, budgets: Iterable[Budget]) -> None:
+        """Their past spending could not be read: they are as unknown as before."""
+        gone = set(budgets)
+        for budget in gone:
+            self._tracked.get(budget[0], set()).discard(budget)
+        self._spent = {counter: money for counter, money in self._spent.items() if counter[0] not in gone}
 
     def add_spent(self, spent: Mapping[tuple[Budget, float], int]) -> None:
         for counter, money in spent.items():

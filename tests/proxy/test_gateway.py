@@ -438,3 +438,88 @@ async def test_what_an_upstream_does_after_its_last_event_keeps_no_client_waitin
     assert house.reply.body == b"".join(events)
     await call
     assert (house.settled().status, house.settled().error) == (200, "")
+
+
+async def test_a_name_longer_than_any_model_is_refused_before_it_is_written_down(tmp_path):
+    house = House(tmp_path, lambda request: whole())
+    reply = await house.call(CHAT | {"model": "a/" + "x" * 600_000})
+    assert (reply.status, reply.error()["param"], house.records()) == (400, "model", [])
+
+
+async def test_a_refusal_that_only_quotes_the_client_costs_nobody_the_usage_option(tmp_path):
+    """An error that names the option is no proof: it may quote the client. Only a second try that works is."""
+    quoting = {"error": {"message": "Invalid role 'include_usage'."}}
+    bad = CHAT | {"stream": True, "messages": [{"role": "include_usage", "content": ""}]}
+    house = House(
+        tmp_path,
+        lambda request: (
+            whole(quoting, 400)
+            if b'"role":"include_usage"' in request.content
+            else stream(*sse(says("a"), {"choices": [], "usage": USAGE}))
+        ),
+    )
+    assert (await house.call(bad)).status == 400
+    assert (await house.call(CHAT | {"stream": True})).status == 200
+    assert house.settled().usage_source == "reported"
+
+
+async def test_what_cannot_be_priced_uses_up_a_hard_budget_by_its_hold(tmp_path):
+    limit = Limit("key:1", "money", 20_000, window="total")
+    house = House(tmp_path, lambda request: whole({"created": 1, "data": [{"b64_json": "aGk="}]}), limits=(limit,))
+    house.limits.track(house.limits.untracked([limit]))
+    statuses = [(await house.call({"model": "a/gpt", "prompt": "a boat"}, path="/v1/images/generations")).status for _ in range(4)]
+    assert statuses == [200, 200, 429, 429]
+    assert (house.settled().cost, house.settled().usage_source) == (None, "missing")
+
+
+async def test_speech_is_not_counted_by_the_bytes_of_its_sound(tmp_path):
+    house = House(tmp_path, lambda request: httpx.Response(200, headers={"content-type": "audio/mpeg"}, content=b"\xff" * 100_000))
+    reply = await house.call({"model": "a/gpt", "input": "hello", "voice": "x"}, path="/v1/audio/speech")
+    assert (reply.status, reply.headers["content-type"], len(reply.body)) == (200, "audio/mpeg", 100_000)
+    assert (house.settled().output, house.settled().cost) == (0, None)
+
+
+async def test_every_image_of_a_stream_comes_through_and_is_counted(tmp_path):
+    images = [
+        {"type": "image_generation.completed", "b64_json": text, "usage": {"input_tokens": 5, "output_tokens": 7}} for text in ("aa", "bb")
+    ]
+    house = House(tmp_path, lambda request: stream(*sse(*images, done=False)))
+    reply = await house.call({"model": "a/gpt", "prompt": "p", "n": 2, "stream": True}, path="/v1/images/generations")
+    assert reply.body == b"".join(sse(*images, done=False))
+    assert (house.settled().fresh_input, house.settled().output, house.settled().status) == (10, 14, 200)
+
+
+async def test_the_larger_of_two_ceilings_is_held(tmp_path):
+    limit = Limit("key:1", "money", 2000, window="total")
+    house = House(tmp_path, lambda request: whole(), limits=(limit,))
+    assert (await house.call(CHAT | {"max_completion_tokens": 1, "max_tokens": 100_000})).status == 429
+
+
+async def test_a_stream_is_not_asked_of_what_has_none(tmp_path):
+    house = House(tmp_path, lambda request: whole(), pool=2)
+    reply = await house.call({"model": "a/gpt", "input": "x", "stream": True}, path="/v1/embeddings")
+    assert (reply.status, reply.error()["param"], house.sent) == (400, "stream", [])
+
+
+async def test_the_callers_own_key_is_quoted_back_to_nobody(tmp_path, caplog):
+    mine = "my own upstream key 0001".replace(" ", "-")
+    house = House(tmp_path, lambda request: whole({"error": {"message": f"No access for {mine}."}}, 403))
+    upstream = Upstream(1, "openai", "u", "a", "https://up/v1", SecretText(""), pass_through=True)
+    house.gateway.current.catalog = Catalog(**{**vars_of(house.catalog), "upstreams": (upstream,)})
+    reply = await house.call(x_upstream_key=mine)
+    assert reply.status == 403
+    assert mine not in reply.body.decode() + caplog.text
+
+
+async def test_usage_in_floats_is_usage(tmp_path):
+    house = House(tmp_path, lambda request: whole(ANSWER | {"usage": {"prompt_tokens": 20.0, "completion_tokens": 6.0}}))
+    await house.call()
+    assert (house.settled().fresh_input, house.settled().usage_source) == (20, "reported")
+
+
+@pytest.mark.parametrize("date", ["Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 01 Jan 2030 00:00:00 +99999999999999", "soon"])
+async def test_an_absurd_retry_after_is_no_news(tmp_path, date):
+    house = House(tmp_path, lambda request: fails(429, **{"retry-after": date}))
+    assert (await house.call()).status == 429
+    assert (await house.call()).status == 429
+    assert len(house.sent) == 2

@@ -5,6 +5,7 @@ import uuid
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from django.db import OperationalError
 from django.db.models import Count, Q, Sum
 
 from proxy import journal, ledger
@@ -255,3 +256,53 @@ def test_what_was_spent_is_read_from_the_totals_by_scope_and_window():
     ]
     spent = ledger.spent_in(budgets, now.timestamp())
     assert [spent[key] for key in spent] == [5, 16, 12, 23, 7]
+
+
+def test_an_adoption_that_fails_is_tried_again_by_the_same_process(tmp_path, monkeypatch):
+    dead = Journal(tmp_path)
+    request_id = at_id()
+    dead.admitted(admitted(request_id))
+    dead.close()
+
+    def away(rows):
+        raise OperationalError("database is locked")
+
+    with monkeypatch.context() as patch, pytest.raises(OperationalError):
+        patch.setattr(ledger, "store", away)
+        ledger.adopt(dead.folder)
+    assert ledger.adopt(dead.folder) == 1
+
+
+def test_a_journal_that_is_damaged_in_the_middle_is_kept(tmp_path, caplog):
+    dead = Journal(tmp_path)
+    ids = [at_id() for _ in range(3)]
+    ends = []
+    for request_id in ids:
+        dead.settled(settled(request_id))
+        ends.append(dead.position()[1])
+    data = bytearray(dead.segment(1).read_bytes())
+    data[ends[0] + 20] ^= 1
+    dead.segment(1).write_bytes(data)
+    dead.close()
+
+    assert ledger.adopt_all(tmp_path) == 1
+    assert journal.folders(tmp_path) == []
+    assert (tmp_path / f".damaged-{dead.folder.name}" / dead.segment(1).name).read_bytes() == data
+    assert "damaged" in caplog.text
+
+
+def test_a_torn_last_record_is_no_damage(tmp_path):
+    dead = Journal(tmp_path)
+    dead.settled(settled())
+    whole = dead.position()[1]
+    dead.settled(settled())
+    for cut in (whole + 1, whole + journal.HEAD.size, whole + journal.HEAD.size + 9):
+        assert journal.is_torn(dead.segment(1), whole) is False
+        torn = tmp_path / "torn"
+        torn.write_bytes(dead.segment(1).read_bytes()[:cut])
+        assert journal.is_torn(torn, whole) is True
+
+
+def test_a_cost_beyond_any_column_still_ships():
+    store(settled(cost=2**70))
+    assert UsageEvent.objects.get().cost == 2**63 - 1

@@ -113,3 +113,10 @@ def test_a_callers_own_key_goes_only_where_the_credential_lets_it():
     assert (target.credential_id, target.secret.reveal(), target.callers_key) == (1, "sk-mine", True)
     with pytest.raises(InvalidRequest):
         names(ALICE, "b/gpt", catalog, "sk-mine")
+
+
+def test_the_catch_all_is_no_way_round_a_list_of_models():
+    catalog = Catalog(upstreams=(upstream(1, "d", "echo", listed_only=True), upstream(2, "o", "big")), aliases=(Alias("*", ("o/big",)),))
+    with pytest.raises(ModelNotFound):
+        names(Principal(1, 1, 1, models=("d/*",)), "d/anything", catalog)
+    assert names(Principal(1, 1, 1, models=("o/*",)), "anything", catalog) == ["2:o/big"]

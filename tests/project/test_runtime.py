@@ -1,0 +1,86 @@
+"""Budgets come into force with what was spent before them: exactly once, whatever happens meanwhile."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+from django.db import OperationalError
+
+from accounts.principal import Limit, Principal
+from project.runtime import Runtime
+from proxy import ledger
+from proxy.catalog import Catalog
+from proxy.journal import Journal
+from proxy.ledger import Ledger
+from proxy.stores.limits import Hold
+from tests.proxy.test_ledger import settled
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+LIMIT = Limit("key:1", "money", 1000, "total")
+CATALOG = Catalog(version=1, principals={b"x": Principal(1, 1, 1, limits=(LIMIT,))})
+
+
+@pytest.fixture
+def runtime(tmp_path):
+    """A runtime whose loop runs in a thread, and whose other threads do not."""
+    one = Runtime()
+    one.root = tmp_path
+    one._journal = Journal(tmp_path)
+    one._ledger = Ledger(one._journal, tmp_path, one.refusals)
+    one._loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=one._loop.run_forever)
+    thread.start()
+    yield one
+    one._loop.call_soon_threadsafe(one._loop.stop)
+    thread.join()
+    one._loop.close()
+
+
+def spent(runtime) -> int:
+    async def look() -> int:
+        return runtime.limits.spent(LIMIT, time.time())
+
+    return asyncio.run_coroutine_threadsafe(look(), runtime._loop).result(5)
+
+
+def test_what_was_spent_before_is_known_when_the_budget_comes_into_force(runtime):
+    ledger.store([ledger.row_of(settled(cost=900))])
+    runtime._install(CATALOG)
+    assert spent(runtime) == 900
+
+
+def test_a_database_that_hiccups_does_not_forget_it(runtime, monkeypatch):
+    ledger.store([ledger.row_of(settled(cost=900))])
+
+    def away(*_):
+        raise OperationalError("database is locked")
+
+    with monkeypatch.context() as patch, pytest.raises(OperationalError):
+        patch.setattr(ledger, "spent_in", away)
+        runtime._install(CATALOG)
+    runtime._install(CATALOG)
+    assert spent(runtime) == 900
+
+
+def test_what_settles_and_is_shipped_meanwhile_counts_once(runtime, monkeypatch):
+    record = settled(cost=400)
+    really = ledger.spent_in
+
+    async def use() -> None:
+        await runtime.limits.reserve(Hold(record.request_id, time.time(), ("key:1",), (LIMIT,), 0, 400))
+        runtime._journal.settled(record)
+        runtime.limits.settle(record.request_id, 15, 400)
+
+    def busy(*given):
+        asyncio.run_coroutine_threadsafe(use(), runtime._loop).result(5)
+        shipper = threading.Thread(target=runtime._ledger.ship, daemon=True)
+        shipper.start()
+        shipper.join(0.3)  # it must wait until the budget is counted
+        assert shipper.is_alive()
+        return really(*given)
+
+    monkeypatch.setattr(ledger, "spent_in", busy)
+    runtime._install(CATALOG)
+    assert spent(runtime) == 400
