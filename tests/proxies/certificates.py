@@ -27,19 +27,21 @@ class Authority:
     def pem(self) -> str:
         return self._certificate.public_bytes(serialization.Encoding.PEM).decode()
 
-    def server(self, *names: str) -> ssl.SSLContext:
-        """The TLS of a server that is called so (host names or addresses)."""
+    def server_pem(self, *names: str) -> bytes:
+        """Key and certificate of a server that is called so (host names or addresses)."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])
         also = x509.SubjectAlternativeName([_name(name) for name in names])
         certificate = _signed(subject, self._certificate.subject, key.public_key(), self._key, also)
+        pem, pkcs8, open_text = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        return key.private_bytes(pem, pkcs8, open_text) + certificate.public_bytes(pem)
+
+    def server(self, *names: str) -> ssl.SSLContext:
+        """The TLS of such a server."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "server.pem"
-            file.write_bytes(
-                key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-                + certificate.public_bytes(serialization.Encoding.PEM)
-            )
+            file.write_bytes(self.server_pem(*names))
             context.load_cert_chain(file)
         return context
 

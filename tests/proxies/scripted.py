@@ -25,20 +25,22 @@ class Peer:
         length = next((int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0)
         return head + await self.reader.readexactly(length)
 
-    async def say(self, *parts: bytes) -> None:
-        """Each part arrives by itself."""
+    async def say(self, *parts: bytes, pause: float = 0.002) -> None:
+        """Each part arrives by itself. Raises ConnectionError when the client is gone."""
         for part in parts:
+            if self.writer.transport.is_closing():
+                raise ConnectionResetError
             self.writer.write(part)
             await self.writer.drain()
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(pause)
 
     def close(self) -> None:
         self.writer.close()
 
     def reset(self) -> None:
         """End with RST instead of FIN."""
-        linger = struct.pack("ii", 1, 0)
-        self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        if (ours := self.writer.get_extra_info("socket")) is not None:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
 
     async def gone(self) -> None:
