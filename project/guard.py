@@ -160,6 +160,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.phase = OPENED
         self.since = self.guard.now  # of this phase; of the last bytes, while a body is read
         self.running: Exchange | None = None  # the request being answered; later ones wait in `pipeline`
+        self.surplus = False  # a connection too many: it is told so
         self.refusal: ApiError | None = None  # waits for the answers before it
         self.read_bytes = 0  # by the last read
         self.head_bytes = 0  # by reads before the last one
@@ -170,6 +171,13 @@ class GuardedProtocol(HttpToolsProtocol):
         self.most_body_bytes: float = 0
         self.unsent_bytes = 0  # when we looked last and a reader made us wait
         self.progress_at = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(cast(asyncio.Transport, transport))
+        most = self.guard.limits.connections
+        self.surplus = len(self.connections) > most
+        if len(self.connections) > 2 * most:
+            self.transport.close()  # and not even that can be afforded
 
     # Bytes in
 
@@ -250,7 +258,7 @@ class GuardedProtocol(HttpToolsProtocol):
         }
         if b"content-length" in fields or b"transfer-encoding" in fields:
             self._check_body_size(scope, fields)
-        if len(self.tasks) >= guard.limits.open_requests or len(self.connections) > guard.limits.connections or self.pipeline:
+        if len(self.tasks) >= guard.limits.open_requests or self.surplus or self.pipeline:
             self._check_room(scope["path"])
         make = Exchange if usual else UnusualExchange
         self.cycle = exchange = make(
@@ -332,8 +340,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _check_room(self, path: str) -> None:
         if len(self.pipeline) >= MOST_PIPELINED:
             raise Refused(Busy("Too many requests wait on this connection: send the next after an answer.", retry_after_seconds=1))
-        limits = self.guard.limits
-        full = len(self.tasks) >= limits.open_requests or len(self.connections) > limits.connections
+        full = len(self.tasks) >= self.guard.limits.open_requests or self.surplus
         if full and path not in PROBES:
             raise Refused(Busy("The gateway has too many requests open. Try again shortly.", retry_after_seconds=1))
 
@@ -541,6 +548,8 @@ def answer(problem: ApiError) -> bytes:
     """An error as a whole HTTP answer, after which the connection closes."""
     body = encode_json(problem.body())
     head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nx-request-id: {new_request_id()}\r\n"
+    # It tells a page of any origin no more than what that page itself sent wrongly.
+    head += "access-control-allow-origin: *\r\n"
     if problem.retry_after_seconds is not None:
         head += f"retry-after: {problem.retry_after_seconds:g}\r\n"
     head += "connection: close\r\n\r\n"

@@ -406,13 +406,18 @@ def test_a_large_body_within_the_limit_goes_through(client: httpx.Client, upstre
 # Hosts
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "127.0.0.1@evil.example", "evil.example:80", ""]
-)
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "evil.example:80"])
 def test_a_host_that_is_not_served(client: httpx.Client, sluice: Sluice, host: str) -> None:
     answer = client.post("/v1/chat/completions", json=chat(), headers={"host": host})
 
     refused(sluice, answer, 400, "invalid_host")
+
+
+@pytest.mark.parametrize("host", ["", "127.0.0.1@evil.example"])
+def test_a_host_that_is_none(client: httpx.Client, sluice: Sluice, host: str) -> None:
+    answer = client.post("/v1/chat/completions", json=chat(), headers={"host": host})
+
+    refused(sluice, answer, 400, "invalid_http")
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1", "[::1]", "[::1]:8000"])
