@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,8 @@ def main() -> int:
     gateway_core, load_core = cores[-1], cores[0]
     os.sched_setaffinity(0, {load_core})
     raise_file_limit()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, what was started is ended
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -40,6 +43,8 @@ def main() -> int:
             Bench(QUICK if options.quick else FULL, gateway_core, load_core, say, results).run(folder)
         except (Failed, Missing) as problem:
             return refuse(str(problem))
+        except KeyboardInterrupt:
+            return refuse("stopped; nothing was kept.")
     about["took_seconds"] = round(time.monotonic() - began)
     report.save(options.json, {"about": about, "results": results})
     print(report.text(report.load(options.json)))

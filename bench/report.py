@@ -99,12 +99,13 @@ def _costs(results: Run) -> Table:
                 f"{gateway['cpu_us']:.1f}",
                 f"{found['ratio']:.1f}" if nginx else "-",
                 f"{gateway['cpu_us'] - gateway['main_thread_us']:.1f}",
+                f"{nginx['per_second']:,.0f}" if nginx else "-",
                 f"{gateway['per_second']:,.0f}",
-                f"{gateway['load_core']:.0%}",
+                f"{nginx['load_core']:.0%} / {gateway['load_core']:.0%}" if nginx else f"{gateway['load_core']:.0%}",
                 f"{max(gateway['spread'], nginx['spread'] if nginx else 0):.0%}",
             ]
         )
-    columns = ["CPU per answer, µs", "nginx", "gateway", "ratio", "of it threads", "gateway answers/s", "load core", "spread"]
+    columns = ["CPU per answer, µs", "nginx", "gateway", "ratio", "of it threads", "nginx /s", "gateway /s", "load core", "spread"]
     return "What an answer costs", columns, rows
 
 
