@@ -10,6 +10,7 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from ipaddress import IPv6Address
 from typing import NamedTuple, Protocol
 
 import httpx
@@ -29,7 +30,9 @@ Origin = tuple[str, str, int]  # scheme, host, port
 _PORTS = {"http": 80, "https": 443}
 # One parser for the check and for the call. It takes no user name, no escapes, no zones and nothing beyond ASCII:
 # what could mean two things to two readers is no address here.
-_ADDRESS = re.compile(r"(https?)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?(/[\x21-\x7e]*)?", re.IGNORECASE)
+_ADDRESS = re.compile(r"(https?)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?(/[\x21-\x7e]*)?", re.IGNORECASE | re.ASCII)
+
+_NO_ADDRESS = "The upstream's address cannot be used: it is not an address such as https://llm.example.org/v1."
 
 
 class Place(NamedTuple):
@@ -51,10 +54,21 @@ class Place(NamedTuple):
 def place_of(url: str, credential_id: int = 0, ca_pem: str = "", proxy_url: str = "") -> tuple[Place, str]:
     """The place that a URL leads to, and its path. Raises UpstreamUnreachable for what is no plain address."""
     found = _ADDRESS.fullmatch(url)
-    port = int(found[3] or _PORTS[found[1].lower()]) if found else 0
-    if found is None or not 0 < port < 65536 or re.search(r"[\\?#]", found[4] or ""):
-        raise UpstreamUnreachable("The upstream's address cannot be used: it is not an address such as https://llm.example.org/v1.")
-    return Place((found[1].lower(), found[2].strip("[]").lower(), port), credential_id, ca_pem, proxy_url), found[4] or ""
+    if found is None or re.search(r"[\\?#]", found[4] or ""):
+        raise UpstreamUnreachable(_NO_ADDRESS)
+    scheme, host, path = found[1].lower(), found[2].lower(), found[4] or ""
+    port = int(found[3] or _PORTS[scheme])
+    if not 0 < port < 65536 or (host[0] == "[" and not _is_ipv6(host[1:-1])):
+        raise UpstreamUnreachable(_NO_ADDRESS)
+    return Place((scheme, host.strip("[]"), port), credential_id, ca_pem, proxy_url), path
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -15,6 +15,8 @@ from django.core.exceptions import ValidationError
 
 from providers import registry
 from providers.adapter import Adapter
+from providers.exchange import place_of
+from providers.failures import UpstreamUnreachable
 
 FLAGS = frozenset({"pass_through", "listed_only"})
 EVERY_KIND = FLAGS | {"proxy_url", "ca_pem"}
@@ -66,6 +68,10 @@ def _http_address(field: str, text: str, example: str) -> str:
         raise ValidationError({field: f"'{text}' is not an address such as {example}."})
     if "?" in text or "#" in text:
         raise ValidationError({field: "An address here ends with its path: no '?' and no '#'."})
+    try:
+        place_of(text)  # what is taken here must be what is called later: one reader for both
+    except UpstreamUnreachable:
+        raise ValidationError({field: f"'{text}' is not an address such as {example}."}) from None
     if len(text) > 480:
         raise ValidationError({field: "An address has at most 480 characters."})
     return text

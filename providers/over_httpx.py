@@ -120,7 +120,7 @@ class ProxiedTransport(httpx.AsyncHTTPTransport):
     """httpx's own transport through the proxy of one place, which is itself reached through the checked door."""
 
     def __init__(self, egress: Egress, place: Place) -> None:
-        super().__init__(trust_env=False)
+        super().__init__(trust_env=False, verify=trust(place.ca_pem))
         self._pool = httpcore.AsyncHTTPProxy(
             proxy_url=place.proxy_url,
             ssl_context=trust(place.ca_pem),

@@ -159,6 +159,7 @@ class PooledTransport(httpx.AsyncBaseTransport):
                 pass  # where all goes through proxies, often the proxy alone knows names
             self._proxied_until[place.origin] = now + PROXIED_CHECK_SECONDS
         if place not in self._proxied:
+            place_of(place.proxy_url)  # refuses what is no plain address
             self._proxied[place] = OverHttpx(ProxiedTransport(self._egress, place), self._timeouts)
         return self._proxied[place]
 

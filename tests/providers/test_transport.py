@@ -162,11 +162,15 @@ async def test_the_native_call_and_the_wrapper_put_the_same_bytes_on_the_wire(ur
         "http://a/p?q",
         "http://\uff11\uff12\uff17.0.0.1/",
         "http://b\u00fccher.example/",
+        "http://localho\u017ft/",
+        "http://\u212aimi.example/",
         "http://[fe80::1%25eth0]/",
         "http://a%2eb/",
         "http://a\r\nb/",
         "http://a/\u00e9",
         "http://[::1/",
+        "http://[127.0.0.1]/",
+        "http://[1::2::3]/",
     ],
 )
 def test_what_could_be_read_in_two_ways_is_no_address(url: str):
