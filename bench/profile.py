@@ -1,4 +1,4 @@
-"""Where the microseconds of a request go: `python -m bench.profile [whole|burst]`.
+"""Where the microseconds of a request go.
 
 First by layer, with `perf` where it is installed, on the gateway as it is: kernel, interpreter, libraries. Then by function,
 with cProfile around the same `manage.py serve`. cProfile makes every call dearer, so only shares and counts mean anything
@@ -7,6 +7,7 @@ there, and functions written in C, which it times as a whole, look cheaper than 
 
 from __future__ import annotations
 
+import argparse
 import os
 import pstats
 import shutil
@@ -27,7 +28,9 @@ Row = tuple[float, float, int, str]  # own microseconds, microseconds with what 
 
 
 def main() -> int:
-    kind = (sys.argv[1:] or ["whole"])[0]
+    parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("kind", nargs="?", default="whole", choices=["whole", "burst"], help="one JSON answer, or a stream of 64 events")
+    kind = parser.parse_args().kind
     cores = sorted(os.sched_getaffinity(0))
     gateway_core, load_core = cores[-1], cores[0]
     os.sched_setaffinity(0, {load_core})
