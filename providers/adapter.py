@@ -154,7 +154,7 @@ class Reader:
 
     tokens: Tokens | None = None  # what the upstream counted so far
     started = False  # a content event has been produced: no other target may be tried any more
-    finished = False  # the stream said that it is complete
+    finished = False  # the stream said that it is complete: what follows is not read, and `end` has the last word
     failure: UpstreamFailure | None = None  # to be raised once what `feed` has returned with it has been sent
     events = 0  # content events so far: the base of an estimate when usage never comes
     content_bytes = 0
@@ -306,6 +306,8 @@ class SameShape(Reader):
     def end(self) -> bytes:
         if self.failure is not None:
             raise self.failure
+        if self.finished:
+            return b""
         last = b""
         rest, self._parts = b"".join(self._parts), []
         if rest.strip():

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -114,18 +114,24 @@ def sluice(serve: Callable[..., Sluice]) -> Sluice:
 
 
 @pytest.fixture(scope="session", params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
-def sluice_on(request: pytest.FixtureRequest, serve: Callable[..., Sluice]) -> Sluice:
+def sluice_on(request: pytest.FixtureRequest, serve: Callable[..., Sluice]) -> Iterator[Sluice]:
     """A Sluice on each database."""
     if request.param == "sqlite":
-        shared: Sluice = request.getfixturevalue("sluice")
-        return shared
-    url = request.getfixturevalue("postgres_url")
-    return serve(DATABASE_URL=url, SECRET_KEY=secrets.token_hex(32), KEYRING=secrets.token_hex(32))
+        yield request.getfixturevalue("sluice")
+        return
+    with postgres_database() as url:
+        yield serve(DATABASE_URL=url, SECRET_KEY=secrets.token_hex(32), KEYRING=secrets.token_hex(32))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def postgres_url() -> Iterator[str]:
-    """The address of an empty PostgreSQL database that is made for this run and dropped after it."""
+    """The address of an empty PostgreSQL database that is made for this test and dropped after it."""
+    with postgres_database() as url:
+        yield url
+
+
+@contextmanager
+def postgres_database() -> Iterator[str]:
     import psycopg
 
     if not SERVICES["postgres"]():

@@ -191,8 +191,8 @@ class Sluice:
 
     def _knows(self, prefix: str) -> bool:
         request = urllib.request.Request(
-            f"{self.url}/v1/embeddings",
-            data=json.dumps({"model": f"{prefix}/probe", "input": ""}).encode(),
+            f"{self.url}/v1/chat/completions",
+            data=json.dumps({"model": f"{prefix}/probe", "messages": []}).encode(),
             headers={"authorization": f"Bearer {self._probe_key}", "content-type": "application/json"},
         )
         try:

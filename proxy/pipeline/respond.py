@@ -145,10 +145,9 @@ async def stream(reply: Reply, chunks: AsyncIterator[bytes], reader: Reader) -> 
             raise reader.failure
         if reader.finished:
             break
-    else:
-        last = held + reader.end()
-        if last:
-            await reply.events(last)
+    last = held + reader.end()
+    if last:
+        await reply.events(last)
     await reply.end()
 
 

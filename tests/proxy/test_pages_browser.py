@@ -48,7 +48,7 @@ organization = Organization.objects.create(slug={slug!r}, name="Acme " + {slug!r
 owner = User.objects.create_user({email!r}, {password!r})
 operator = User.objects.create_superuser("op-" + {email!r}, {password!r})
 Membership.objects.create(user=owner, organization=organization, role=Role.OWNER)
-if not Credential.objects.filter(kind="demo").exists():
+if not Credential.objects.filter(prefix="demo").exists():
     add_credential("demo", "demo", "")
 actions.set_limit(organization, Allowance("money", 25_000_000, "month"))
 """
