@@ -21,8 +21,12 @@ from providers.exchange import Outgoing, Place, Watch
 
 MOST_HEAD_BYTES = 64 << 10
 MOST_FIELDS = 200
-# What one answer may hold before its peer is held back; it is let go on when the reader has taken all of it.
-PAUSE_ABOVE_BYTES = 256 << 10
+# A client that does not read keeps what one read brought, up to here twice, and as much again that is on its way to it.
+READ_BYTES = 32 << 10
+# What one answer may hold before its peer is held back; it is let go on when the reader has taken all of it and wants more.
+PAUSE_ABOVE_BYTES = 32 << 10
+# For one read at a time of any connection: what comes is copied out of it before the next.
+_ROOM = memoryview(bytearray(READ_BYTES))
 # A body this small goes out in one piece with its head.
 _SMALL_BYTES = 64 << 10
 
@@ -61,7 +65,7 @@ class NotHttp(Exception):
     """Raised inside the parser's callbacks, to stop it."""
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One connection to a place. Whoever has taken it has it alone."""
 
     def __init__(self, place: Place, home: Home) -> None:
@@ -117,7 +121,13 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return _ROOM
+
+    def buffer_updated(self, size: int) -> None:
+        self.data_received(_ROOM[:size])
+
+    def data_received(self, data: bytes | memoryview) -> None:
         answer = self._answer
         if answer is None:
             return self.abort()  # nobody asked: it is out of step, and what it says next could be taken for an answer
@@ -294,6 +304,8 @@ class Http1Answer(Body):
     async def arrived(self) -> bytes:
         """Raises httpx.TransportError."""
         if not self._parts and not self._ended:
+            if self._connection is not None:
+                self._connection.resume()
             self._watch.waiting()
             while not self._parts and not self._ended:  # news without a byte of the body buys the peer no time
                 await self._news()
@@ -305,8 +317,6 @@ class Http1Answer(Body):
         data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         self._parts.clear()
         self._size = 0
-        if self._connection is not None:
-            self._connection.resume()
         return data
 
     async def _news(self) -> None:
