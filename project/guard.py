@@ -38,6 +38,9 @@ LEAST_BODY_BYTES_PER_SECOND = 64 << 10
 # A client may send its next requests before it has its answer. So many wait; more are not worth the memory.
 MOST_PIPELINED = 16
 
+# More than this on its way to a client makes the application wait.
+MOST_WAITING_BYTES = 32 << 10
+
 # After a refusal the client may still be sending. Closing at once would reset the connection, and the answer might be lost.
 LINGER_SECONDS = 1.0
 MOST_DISCARDED_BYTES = 1 << 20
@@ -174,6 +177,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
+        self.transport.set_write_buffer_limits(high=MOST_WAITING_BYTES)
         most = self.guard.limits.connections
         self.surplus = len(self.connections) > most
         if len(self.connections) > 2 * most:

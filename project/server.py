@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import resource
 import signal
@@ -23,10 +24,12 @@ DRAINING = "draining"
 # Past the drain: for the answers' last events, and then for what is cut off.
 SETTLE_SECONDS = 5.0
 CUT_SECONDS = 1.0
-# A request may hold its own connection and one to an upstream; beside them there are the database, the journal and the log.
+# A third of the files is for connections, one for theirs to upstreams, one to tell those that there is no room. Beside them
+# there are the database, the journal and the log.
 OTHER_FILES = 64
 MOST_FILES = 65_536
 TICK_SECONDS = 0.1
+MOST_UNSENT_BYTES = 128 << 10
 
 
 class Server(uvicorn.Server):
@@ -51,6 +54,10 @@ class Server(uvicorn.Server):
         self._tick()
         await super().startup(sockets)
         self._tick()
+        for listener in (listener for server in self.servers for listener in server.sockets):
+            # Connections inherit it. Else the kernel would take some megabytes for a client that does not read.
+            with contextlib.suppress(AttributeError, OSError):  # not on every system
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MOST_UNSENT_BYTES)
         self.watchdog.start()
 
     async def on_tick(self, counter: int) -> bool:
@@ -132,7 +139,7 @@ def limits_of(env: Env, files: int) -> Limits:
         keep_alive_seconds=env.keep_alive_seconds,
         reader_seconds=env.reader_seconds,
         open_requests=env.open_requests,
-        connections=max(1, (files - OTHER_FILES) // 2),
+        connections=max(1, (files - OTHER_FILES) // 3),
     )
 
 

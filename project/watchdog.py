@@ -21,9 +21,15 @@ class Watchdog(threading.Thread):
         super().__init__(name="sluice-watchdog", daemon=True)
         self._unready = unready
         self._stall_seconds = stall_seconds
-        self._watched = threading.get_ident()
-        self._beat_at = time.monotonic()
+        self._watched: int | None = None
+        self._beat_at = 0.0
         self._ending = threading.Event()
+
+    def start(self) -> None:
+        """To be called in the loop's thread."""
+        self._watched = threading.get_ident()
+        self.beat()
+        super().start()
 
     def beat(self) -> None:
         self._beat_at = time.monotonic()
@@ -42,7 +48,7 @@ class Watchdog(threading.Thread):
                 self._unready.discard(STALLED)
 
     def _name_the_culprit(self) -> None:
-        frame = sys._current_frames().get(self._watched)
+        frame = sys._current_frames().get(self._watched or 0)
         stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
         log.error("The event loop has stood still for %g s. It is here:\n%s", self._stall_seconds, stack)
 
