@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench import report
 from bench.machine import raise_file_limit
-from bench.plan import FULL, QUICK, Bench, Failed, own_folder
+from bench.plan import FULL, PARTS, QUICK, Bench, Failed, own_folder
 from bench.subjects import Missing
 
 
@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="less of everything, in under two minutes")
     parser.add_argument("--folder", type=Path, help="where the gateway keeps its data; default: the system's temporary folder")
     parser.add_argument("--json", type=Path, default=report.LATEST, help="where the figures go; default: %(default)s")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"not everything: {', '.join(PARTS)}")
     options = parser.parse_args()
     if not hasattr(os, "sched_setaffinity"):
         return refuse("This needs Linux: it keeps processes on cores and reads their CPU clocks.")
@@ -40,7 +41,7 @@ def main() -> int:
     with own_folder(options.folder) as folder:
         about = report.about(folder, quick=options.quick)
         try:
-            Bench(QUICK if options.quick else FULL, gateway_core, load_core, say, results).run(folder)
+            Bench(QUICK if options.quick else FULL, gateway_core, load_core, say, results, options.only).run(folder)
         except (Failed, Missing) as problem:
             return refuse(str(problem))
         except KeyboardInterrupt:

@@ -25,6 +25,7 @@ CONNECTIONS = 32
 PACED_CONNECTIONS = 4
 RATE = 50.0
 SETTLE_SECONDS = 2.0  # when all streams are open, before memory and delays are looked at
+PARTS = ("costs", "latency", "open", "steps", "journal")
 TMPFS = Path("/dev/shm")
 
 
@@ -87,6 +88,7 @@ class Bench:
     load_core: int
     say: Say
     results: dict[str, object]
+    parts: Sequence[str] = PARTS
 
     def run(self, folder: Path) -> None:
         with mock_upstream(folder, self.load_core) as mock, nginx(folder, self.gateway_core, mock) as proxy:
@@ -95,11 +97,16 @@ class Bench:
                 self.say("There is no nginx here: no ratios.")
             with Gateway(folder, self.gateway_core, mock) as gateway:
                 subjects = [direct, *([proxy] if proxy else []), gateway.subject()]
-                self.results["at_rest"] = {"cpu_ms_per_second": self.at_rest(gateway.subject())}
-                self.trips(subjects, mock)
-                self.open_streams([one for one in subjects if one is not direct], mock)
-                self.results["steps"] = self.steps(gateway, mock)
-            if self.effort.more:
+                if "costs" in self.parts:
+                    self.results["at_rest"] = {"cpu_ms_per_second": self.at_rest(gateway.subject())}
+                    self.costs(subjects, mock)
+                if "latency" in self.parts:
+                    self.compare(RATES, subjects, mock, self.effort.rate, self.effort.slow_rounds)
+                if "open" in self.parts:
+                    self.open_streams([one for one in subjects if one is not direct], mock)
+                if "steps" in self.parts:
+                    self.results["steps"] = self.steps(gateway, mock)
+            if "journal" in self.parts and self.effort.more:
                 self.results["journal"] = self.journals(folder, mock)
 
     def at_rest(self, subject: Subject) -> float:
@@ -108,13 +115,12 @@ class Bench:
         time.sleep(self.effort.paced)
         return 1000 * (machine.cpu_seconds(subject.pid) - before) / (time.monotonic() - began)
 
-    def trips(self, subjects: Sequence[Subject], mock: Mock) -> None:
+    def costs(self, subjects: Sequence[Subject], mock: Mock) -> None:
         effort = self.effort
         self.compare(THROUGHPUT, subjects, mock, effort.full, effort.rounds)
         if effort.more:
             self.compare(TLS, subjects[1:], mock, effort.full, effort.rounds)
         self.compare(PACED, subjects, mock, effort.paced, effort.slow_rounds)
-        self.compare(RATES, subjects, mock, effort.rate, effort.slow_rounds)
 
     def compare(self, scenarios: Sequence[Scenario], subjects: Sequence[Subject], mock: Mock, seconds: float, rounds: int) -> None:
         for scenario in scenarios:

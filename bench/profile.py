@@ -24,7 +24,8 @@ from bench.subjects import REPOSITORY, Gateway, mock_upstream, request
 
 SECONDS = 6.0
 LINES = 40
-Row = tuple[float, float, int, str]  # own microseconds, microseconds with what it calls, calls, name
+Row = tuple[float, float, float, str]  # per request: own microseconds, microseconds with what it calls, calls; and its name
+Found = dict[tuple[str, int, str], tuple[int, int, float, float, dict[object, object]]]  # as pstats keeps it
 
 
 def main() -> int:
@@ -64,24 +65,15 @@ def by_layer(gateway: Gateway, order: Order, folder: Path) -> str:
 
 
 def by_function(gateway: Gateway, order: Order, folder: Path, core: int) -> str:
-    """What is called for every request, the dearest first; and the sums by module."""
-    sluice, stats = gateway.sluice, folder / "stats"
-    command = [sys.executable, "-m", "cProfile", "-o", str(stats), "manage.py", "serve", "--host", "127.0.0.1", "--port", str(sluice.port)]
-    with on_core(core):
-        server = subprocess.Popen(command, cwd=REPOSITORY, env=sluice.env, stdout=subprocess.DEVNULL)
-    while not sluice.is_ready():
-        time.sleep(0.1)
+    """What is called for the requests, the dearest first; and the sums by module."""
     order.warm_seconds = 0.0
-    requests = load.in_a_process(order).finished
-    server.terminate()
-    server.wait(60)
-    rows = per_request(stats, requests)
+    idle, _ = profiled(gateway, None, folder / "idle", core)
+    busy, requests = profiled(gateway, order, folder / "busy", core)
+    rows = per_request(busy, idle, requests)
     whole = sum(row[0] for row in rows)
     lines = [f"By function under cProfile, {requests} requests, {whole:.0f} microseconds each (the profiler's own cost in it)"]
-    lines += [
-        "   own  with its calls  calls/request",
-        *[f"{own:6.1f}  {with_calls:14.1f}  {calls / requests:13.1f}  {name}" for own, with_calls, calls, name in rows[:LINES]],
-    ]
+    lines += ["   own  with its calls  calls/request"]
+    lines += [f"{own:6.1f}  {with_calls:14.1f}  {calls:13.1f}  {name}" for own, with_calls, calls, name in rows[:LINES]]
     modules: dict[str, float] = {}
     for own, _, _, name in rows:
         module = name.partition(":")[0]
@@ -91,12 +83,30 @@ def by_function(gateway: Gateway, order: Order, folder: Path, core: int) -> str:
     return "\n".join(lines)
 
 
-def per_request(stats: Path, requests: int) -> list[Row]:
-    """The functions that were called about once or more for every request: what ran at the start alone is left out."""
+def profiled(gateway: Gateway, order: Order | None, stats: Path, core: int) -> tuple[Found, int]:
+    """Serve under cProfile: what it found, and how many requests there were. Without an order only the start and the stop."""
+    sluice = gateway.sluice
+    command = [sys.executable, "-m", "cProfile", "-o", str(stats), "manage.py", "serve", "--host", "127.0.0.1", "--port", str(sluice.port)]
+    with on_core(core):
+        server = subprocess.Popen(command, cwd=REPOSITORY, env=sluice.env, stdout=subprocess.DEVNULL)
+    try:
+        while not sluice.is_ready():
+            time.sleep(0.1)
+        requests = load.in_a_process(order).finished if order is not None else 0
+    finally:
+        server.terminate()
+        server.wait(60)
+    return pstats.Stats(str(stats)).stats, requests  # type: ignore[attr-defined]
+
+
+def per_request(busy: Found, idle: Found, requests: int) -> list[Row]:
+    """What the requests added to each function, for those that were called once or more for each of them."""
     rows: list[Row] = []
-    for (file, line, name), (_, calls, own, with_calls, _) in pstats.Stats(str(stats)).stats.items():  # type: ignore[attr-defined]
-        if calls >= requests / 2:
-            rows.append((1e6 * own / requests, 1e6 * with_calls / requests, calls, named(file, line, name)))
+    for function, (_, calls, own, with_calls, _) in busy.items():
+        _, idle_calls, idle_own, idle_with_calls, _ = idle.get(function, (0, 0, 0.0, 0.0, {}))
+        if calls - idle_calls >= requests * 0.9:
+            times = (1e6 * (own - idle_own) / requests, 1e6 * (with_calls - idle_with_calls) / requests)
+            rows.append((*times, (calls - idle_calls) / requests, named(*function)))
     return sorted(rows, reverse=True)
 
 
