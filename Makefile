@@ -19,6 +19,9 @@ unexport DJANGO_SETTINGS_MODULE
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
+# Tests mostly wait for servers: more of them than processors run side by side, each file in one process.
+PARALLEL ?= -n 3 --dist loadfile
+
 install: ## make .venv and install what the service needs
 	$(INSTALL) base
 
@@ -31,7 +34,7 @@ run: install ## set everything up and serve on http://127.0.0.1:8000 (HOST and P
 	@exec $(MANAGE) serve
 
 test: install-dev ## set everything up and run the whole suite (ARGS="tests/proxy -k stream" runs a part)
-	@$(PYTHON_BIN) -m pytest $(ARGS)
+	@$(PYTHON_BIN) -m pytest $(PARALLEL) $(ARGS)
 
 bench: install ## what a request costs beside nginx: a quarter of an hour (ARGS=--quick: two minutes), figures in bench/results/
 	@$(PYTHON_BIN) -m bench $(ARGS)

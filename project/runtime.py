@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from asgiref.sync import sync_to_async
 from django.conf import settings
@@ -37,6 +38,8 @@ from proxy.stores.health import Health
 from proxy.stores.memory import MemoryLimits
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LISTS_EVERY_SECONDS = 5.0  # how soon a new upstream is asked for its models; each is asked again hourly
 UNKNOWN_SECONDS = 2.0
@@ -162,13 +165,21 @@ class Runtime:
             if not budgets:
                 return
             try:
-                position = asyncio.run_coroutine_threadsafe(self._begin_tracking(budgets), self._loop).result(timeout=30)
+                position = self._on_loop(self._begin_tracking, budgets)
                 self._ledger.ship(until=position)
                 spent = ledger.spent_in(budgets, time.time())
             except BaseException:
-                self._loop.call_soon_threadsafe(self.limits.untrack, budgets)
+                self._on_loop(self.limits.untrack, budgets)
                 raise
-            self._loop.call_soon_threadsafe(self.limits.add_spent, spent)
+            self._on_loop(self.limits.add_spent, spent)
+
+    def _on_loop(self, work: Callable[..., T], *given: Any) -> T:
+        """Do this on the loop, as one step between its others, and wait for it. Not to be called from there."""
+
+        async def do() -> T:
+            return work(*given)
+
+        return asyncio.run_coroutine_threadsafe(do(), self._loop).result(timeout=30)
 
     def _load_and_count(self, digests: Sequence[bytes]) -> Principal | None:
         try:
@@ -179,7 +190,7 @@ class Runtime:
         finally:
             close_old_connections()
 
-    async def _begin_tracking(self, budgets: set[tuple[str, str, str]]) -> tuple[int, int]:
+    def _begin_tracking(self, budgets: set[tuple[str, str, str]]) -> tuple[int, int]:
         self.limits.track(budgets)
         return self.journal().position()
 

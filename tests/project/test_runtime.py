@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from django.db import OperationalError
+from django.db import OperationalError, connection
 
 from accounts.principal import Limit, Principal
 from project.runtime import Runtime
@@ -75,12 +75,17 @@ def test_what_settles_and_is_shipped_meanwhile_counts_once(runtime, monkeypatch)
 
     def busy(*given):
         asyncio.run_coroutine_threadsafe(use(), runtime._loop).result(5)
-        shipper = threading.Thread(target=runtime._ledger.ship, daemon=True)
         shipper.start()
         shipper.join(0.3)  # it must wait until the budget is counted
         assert shipper.is_alive()
         return really(*given)
 
+    def ship() -> None:
+        runtime._ledger.ship()
+        connection.close()
+
+    shipper = threading.Thread(target=ship)
     monkeypatch.setattr(ledger, "spent_in", busy)
     runtime._install(CATALOG)
+    shipper.join(10)
     assert spent(runtime) == 400
