@@ -395,7 +395,7 @@ def _needs_a_look(whole: bytes) -> bool:
     return any(mark in whole for mark in _MARKS) or _REASON.search(whole) is not None or _USAGE.search(whole) is not None
 
 
-_CONTENT = re.compile(rb'"(?:content|text|reasoning_content|arguments|delta)"\s*:\s*"((?:[^"\\]|\\.)*)"')
+_CONTENT = re.compile(rb'"(?:content|text|reasoning_content|arguments|delta)"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
 
 
 def _text_bytes(events: bytes) -> int:

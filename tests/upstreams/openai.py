@@ -256,8 +256,8 @@ class OpenAIUpstream(Simulator):
 
     async def _stream(self, call: Call, step: Step, frames: list[bytes], bill: Bill, output_tokens: int) -> None:
         """Sends the frames; the bill grows with each that carries a token."""
-        carrying = [number for number, frame in enumerate(frames) if _carries_text(frame)]
-        last, counted = carrying[-1] if carrying else None, 0
+        carrying = {number for number, frame in enumerate(frames) if _carries_text(frame)}
+        last, counted = max(carrying, default=None), 0
         async for number in call.stream_with(step, frames, "text/event-stream; charset=utf-8", self._headers(call)):
             if number in carrying:
                 more = output_tokens - counted if number == last else 1
