@@ -16,7 +16,7 @@ from tests.serving import Sluice, eventually, running
 from tests.upstreams.kit import Step
 from tests.upstreams.openai import OpenAIUpstream
 
-SLOW = Step(text=TEXT * 4, delay_first_ms=60, delay_frame_ms=15)
+SLOW = Step(text=TEXT * 4, delay_first_ms=60, delay_frame_ms=30)
 AT_ONCE = 10
 
 
@@ -78,7 +78,7 @@ async def _all(
             if (number + 1) % 50 == 0:
                 say(progress, f"left {number + 1} of {times}")
 
-    await asyncio.gather(*[one(number, chance.uniform(0.005, 0.6)) for number in range(times)])
+    await asyncio.gather(*[one(number, chance.uniform(0.02, 1.3)) for number in range(times)])
     return left
 
 
@@ -88,7 +88,7 @@ async def _leave_after(patience_seconds: float, url: str, key: str, model: str, 
 
     async def read() -> None:
         async with (
-            httpx.AsyncClient(timeout=20) as client,
+            httpx.AsyncClient(timeout=20, verify=False) as client,  # reading certificates would stop the loop for all others
             client.stream("POST", f"{url}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {key}"}) as response,
         ):
             async for _ in response.aiter_raw():

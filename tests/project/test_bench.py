@@ -120,7 +120,7 @@ def test_the_gateway_hands_everything_on(folder: Path, mock: Mock) -> None:
         subject = gateway.subject()
         for kind, tls in (("whole", False), ("burst", False), ("whole", True)):
             figures = bench().measure(subject, mock, shortly(kind, subject, tls=tls))
-            assert 0 < figures["main_thread_us"] <= figures["cpu_us"]
+            assert 0 < figures["main_thread_us"] <= figures["cpu_us"] * 1.05  # the two clocks are read one after the other
         [row, *_] = gateway.sluice.usage()
         assert (row["status"], row["input_tokens"], row["output_tokens"], row["usage_source"]) == (200, 120, EVENTS, "reported")
         assert row["cost_usd"] > 0
