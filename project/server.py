@@ -153,8 +153,8 @@ def allow_files() -> int:
     return wanted
 
 
-def run_daphne(host: str, port: int) -> int:
-    from daphne.cli import CommandLineInterface
+def run_daphne(host: str, port: int, env: Env) -> int:
+    """The same under Daphne, as far as it goes."""
+    from project.under_daphne import run  # importing it installs Twisted's reactor
 
-    CommandLineInterface().run(["-b", host, "-p", str(port), "project.asgi:application"])
-    return 0
+    return run(host, port, env)

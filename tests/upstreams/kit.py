@@ -269,6 +269,10 @@ class Simulator:
         try:
             await self.answer(call)
             seen.finished_at = time.monotonic()
+        except ConnectionError:
+            if not call._cut:  # a write has noticed it before the watcher did
+                seen.peer_left_at = seen.peer_left_at or time.monotonic()
+            raise
         finally:
             watcher.cancel()
         return call.reusable

@@ -33,6 +33,7 @@ class Command(BaseCommand):
         settings.SERVE_ONLY = only
         self.stdout.write(f"Sluice starts on http://{host}:{port}")
         self.stdout.flush()
-        status = run_daphne(host, port) if server == "daphne" else run_uvicorn(host, port, settings.ENV)
+        run = run_daphne if server == "daphne" else run_uvicorn
+        status = run(host, port, settings.ENV)
         if status:
             raise SystemExit(status)
