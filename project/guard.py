@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 MOST_HEAD_BYTES = 32 << 10
 MOST_FIELDS = 100
 MOST_URL_BYTES = 8 << 10
+UNLIMITED = 1 << 62
 LEAST_BODY_BYTES_PER_SECOND = 64 << 10
 # A client may send its next requests before it has its answer. So many wait; more are not worth the memory.
 MOST_PIPELINED = 16
@@ -171,8 +172,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self.body_of_offer = b""  # how the body of a request is framed that offers to upgrade
         self.body_since = 0.0
         self.body_bytes = 0
-        self.most_body_bytes: float = 0
-        self.unsent_bytes = 0  # when we looked last and a reader made us wait
+        self.most_body_bytes = UNLIMITED
+        self.unsent_bytes = 0  # when we looked last, since a reader has made us wait
         self.progress_at = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -220,6 +221,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.phase = HEAD
         self.url = b""
         self.headers = []
+        self.body_bytes, self.most_body_bytes = 0, UNLIMITED
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers.append((name.lower(), value))
@@ -235,17 +237,17 @@ class GuardedProtocol(HttpToolsProtocol):
             # Programs behind us may read an underscore as a hyphen, and so take a made-up field for one of ours.
             headers = [field for field in headers if b"_" not in field[0]]
         version = parser.get_http_version()
-        target = self.url
+        target, host = self.url, fields.get(b"host", b"")
         if target[:1] != b"/" or b"#" in target:
-            target = _without_origin(target, fields.get(b"host", b""))
-        usual = version == "1.1" and _is_host(fields.get(b"host", b"")) and b"expect" not in fields
+            target = _without_origin(target, host)
+        usual = version == "1.1" and b"expect" not in fields and _is_host(host)
         if not usual:
             _check_unusual(version, fields)
         if b"transfer-encoding" in fields:
             _check_coding(version, fields)
         raw_path, _, query = target.partition(b"?")
         path = raw_path.decode("ascii")
-        scope: Scope = {
+        scope: Any = {
             "type": "http",
             "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
             "http_version": version,
@@ -260,13 +262,13 @@ class GuardedProtocol(HttpToolsProtocol):
             "headers": headers,
             "state": self.app_state.copy(),
         }
-        if b"content-length" in fields or b"transfer-encoding" in fields:
-            self._check_body_size(scope, fields)
+        if (b"content-length" in fields or b"transfer-encoding" in fields) and not guard.limits_bodies(scope):
+            self._check_body_size(fields.get(b"content-length", b"0"))
         if len(self.tasks) >= guard.limits.open_requests or self.surplus or self.pipeline:
             self._check_room(scope["path"])
         make = Exchange if usual else UnusualExchange
         self.cycle = exchange = make(
-            scope=cast(Any, scope),
+            scope=scope,
             transport=self.transport,
             flow=self.flow,
             logger=self.logger,
@@ -281,7 +283,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.body_of_offer = _framing(fields) if b"upgrade" in fields and parser.should_upgrade() else b""
         # What follows a body (a trailer) must not change what was said before it.
         self.headers = NOWHERE
-        self.body_since, self.body_bytes, self.framing_bytes = self.since, 0, -self.read_bytes
+        self.body_since, self.framing_bytes = self.since, -self.read_bytes
         self.phase = BODY
         if self.running is None:
             self._start(exchange)
@@ -307,7 +309,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return  # says the parser, which leaves that body out
         exchange = self.cycle
         if exchange.response_complete:
-            self._rest()
+            self.phase, self.since = IDLE, self.guard.now
             return
         self.phase = READ
         exchange.more_body = False
@@ -336,9 +338,9 @@ class GuardedProtocol(HttpToolsProtocol):
             if decisive.count(name) > 1:
                 raise Refused(BadFraming(f"The header field {name.decode()} came twice."))
 
-    def _check_body_size(self, scope: Scope, fields: dict[bytes, bytes]) -> None:
-        self.most_body_bytes = float("inf") if self.guard.limits_bodies(scope) else self.guard.limits.body_bytes
-        if int(fields.get(b"content-length", b"0")) > self.most_body_bytes:
+    def _check_body_size(self, announced: bytes) -> None:
+        self.most_body_bytes = self.guard.limits.body_bytes
+        if int(announced) > self.most_body_bytes:
             raise Refused(TooLarge(f"The body is larger than {self.most_body_bytes} bytes."))
 
     def _check_room(self, path: str) -> None:
@@ -359,6 +361,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
         self.running = None
+        self.unsent_bytes = 0
         if self.transport.is_closing():
             return None
         if self.pipeline:
@@ -368,12 +371,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.refusal is not None:
             self._say(self.refusal)
         elif self.phase == READ:
-            self._rest()
+            self.phase, self.since = IDLE, self.guard.now
         elif self.phase == HEAD:
             self.since = self.guard.now  # the next request had to wait for this answer
-
-    def _rest(self) -> None:
-        self.phase, self.since = IDLE, self.guard.now
 
     def _refuse(self, problem: ApiError) -> None:
         """Read no further, answer the request that is being read with an error, and close."""
@@ -417,9 +417,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         super().connection_lost(exc)
 
-    def resume_writing(self) -> None:
+    def pause_writing(self) -> None:
         self.unsent_bytes = 0
-        super().resume_writing()
+        super().pause_writing()
 
     def shutdown(self) -> None:
         """Close as soon as nothing is lost by it: at once between requests, else after the answers that were begun."""

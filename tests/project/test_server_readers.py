@@ -113,6 +113,20 @@ def test_F03_a_client_that_reads_slowly_is_not_cut(impatient: Sluice, wish: byte
         assert peer.answer().body.endswith(DONE)
 
 
+def test_F03_a_slow_client_that_asks_again_and_again_is_not_cut() -> None:
+    async def growing(scope: dict, receive: Callable, send: Callable) -> None:
+        size = int(scope["path"][1:])
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+        await send({"type": "http.response.body", "body": b"x" * size})
+
+    with small(growing, Limits(reader_seconds=0.6)) as server, Peer(server.port, receive_buffer=4096) as peer:
+        for number in range(8):  # at each look more is unsent than at any before: another answer, and not a lack of progress
+            # A little more than the kernel takes for it, and less than what makes an application wait.
+            peer.send(request(f"/{140_000 + number * 2_000}", method="GET"))
+            time.sleep(0.25)
+            assert peer.answer().status == 200
+
+
 async def whole_answer(scope: dict, receive: object, send: object) -> None:
     """5 MB in one piece, and the application has done its part."""
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5242880")]})  # type: ignore[operator]
