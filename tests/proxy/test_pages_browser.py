@@ -121,7 +121,9 @@ class Person:
     @staticmethod
     def _shows_use(page: Page) -> bool:
         page.reload()
-        return page.get_by_text("Recent requests").count() > 0
+        # The figures are read before the list: while rows come in, a page may show these and not yet those.
+        figures = page.locator("section[aria-labelledby=usage] dl")
+        return figures.count() > 0 and re.search(r"Requests\s+3\b", figures.inner_text()) is not None
 
     def checks(self, page: Page) -> None:
         """Nothing was refused, failed or complained of on this page."""
