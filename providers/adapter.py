@@ -7,44 +7,25 @@ what a stream needs to remember lives in the reader that `reader()` makes for th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
-from time import time
+from collections.abc import Generator, Mapping
 from typing import Any, ClassVar
 
 import msgspec
+from msgspec import Struct, field
 
 from providers import wire
 from providers.exchange import Outgoing, Transport, place_of
-from providers.failures import (
-    CallersKeyRefused,
-    ContentFiltered,
-    ContextLength,
-    CredentialRefused,
-    ForbiddenAtUpstream,
-    InvalidAtUpstream,
-    ModelGone,
-    OutOfCredit,
-    Overloaded,
-    RateLimited,
-    UpstreamBroke,
-    UpstreamFailure,
-    UpstreamProtocol,
-    UpstreamServer,
-    UpstreamTimeout,
-    UsageOptionRefused,
-)
-from providers.price import Tokens
+from providers.failures import UpstreamBroke, UpstreamFailure, UpstreamProtocol
+from providers.oauth import Lease, SignIn, TokenSet
+from providers.price import Rates, Tokens
+from providers.said import failure_of_said, said_in, status_of, wait_seconds_in, without_callers_key
 from providers.secrets import SecretText, redact
 from providers.wire import Json
 
 USER_AGENT = "sluice/0.1"
-LONGEST_WAIT_SECONDS = 10**8  # an upstream that asks for more says nothing of use
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(Struct, frozen=True):
     """One place that a call can go to: an upstream account, and the model's name there."""
 
     kind: str
@@ -56,22 +37,30 @@ class Target:
     public_model: str  # as our clients do: prefix/model
     settings: Mapping[str, str] = field(default_factory=dict)
     callers_key: bool = False  # the secret came with the request (`X-Upstream-Key`)
+    lease: Lease | None = None  # the secret is an access token, which can be renewed
+    detail: Mapping[str, Any] = field(default_factory=dict)  # the plain facts of this model in the upstream's own list; empty: not listed
 
     def get(self, path: str, headers: Mapping[str, str]) -> Outgoing:
         """A request to `path` below the base URL. Raises UpstreamUnreachable where that is no address."""
         return self._outgoing("GET", path, headers, b"")
 
-    def post(self, path: str, headers: Mapping[str, str], body: bytes) -> Outgoing:
-        return self._outgoing("POST", path, headers, body)
+    def post(self, path: str, headers: Mapping[str, str], body: bytes, request_id: str = "") -> Outgoing:
+        """With `request_id` the upstream is told it, as X-Request-ID."""
+        return self._outgoing("POST", path, headers, body, request_id)
 
-    def _outgoing(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Outgoing:
+    def _outgoing(self, method: str, path: str, headers: Mapping[str, str], body: bytes, request_id: str = "") -> Outgoing:
         settings = self.settings
-        place, prefix = place_of(self.base_url, self.credential_id, settings.get("ca_pem", ""), settings.get("proxy_url", ""))
-        return Outgoing(method, place, prefix + path, headers, body)
+        place, prefix = place_of(
+            self.base_url,
+            self.credential_id,
+            settings.get("ca_pem", ""),
+            settings.get("proxy_url", ""),
+            http2=bool(settings.get("http2")),
+        )
+        return Outgoing(method, place, prefix + path, headers, body, request_id)
 
 
-@dataclass(slots=True)
-class Ask:
+class Ask(Struct):
     """What one client wants, as its adapter sees it. `body` is the decoded request; adapters copy before they change."""
 
     endpoint: str  # "chat/completions"
@@ -80,6 +69,11 @@ class Ask:
     request_id: str
     client_wants_usage: bool = False
     add_usage_option: bool = True  # False once this upstream has refused `stream_options`
+    left_out: set[str] = field(default_factory=set)  # what this upstream refused as OptionRefused: it is asked again without it
+    # What earlier calls found out about this account (a project's id); kept as long as the process lives. Adapters may add to it.
+    learned: dict[str, str] = field(default_factory=dict)
+    # What the client sent of the headers that the adapter `reads`, by lower-case name.
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Adapter:
@@ -88,18 +82,29 @@ class Adapter:
     name: ClassVar[str]
     title: ClassVar[str] = ""
     base_url: ClassVar[str]
-    # allowed, restricted or ended; a restricted kind needs the operator's acknowledgment.
+    # allowed, restricted or ended; all but the first need the operator's acknowledgment. Where that is said, and what it means.
     policy: ClassVar[str] = "allowed"
+    policy_source: ClassVar[str] = ""
+    policy_note: ClassVar[str] = ""
     free: ClassVar[bool] = False  # its models get the explicit price 0 when a credential is added
     needs_secret: ClassVar[bool] = True
+    counts_tokens: ClassVar[bool] = True  # False: no answer of it says how many, so that every row is an estimate
     # The settings it understands beside those that every kind has.
     settings: ClassVar[frozenset[str]] = frozenset()
     endpoints: ClassVar[frozenset[str]] = frozenset({"chat/completions"})
+    # The client's own headers that it wants to see, by lower-case name. One that carries a key is never among them.
+    reads: ClassVar[frozenset[str]] = frozenset()
     # An adapter that needs no network answers through a transport of its own.
     transport: Transport | None = None
 
     def request(self, ask: Ask, target: Target) -> Outgoing:
         raise NotImplementedError
+
+    def first_calls(self, ask: Ask, target: Target) -> FirstCalls | None:
+        """The calls that must come before the call, if any: yields each, is sent its whole answer, and returns the call itself.
+
+        It may yield a Pause instead of a call. Raises UpstreamFailure. None: `request` alone will do."""
+        return None
 
     def reader(self, ask: Ask, target: Target) -> Reader:
         """Reads one stream of this upstream."""
@@ -125,6 +130,39 @@ class Adapter:
         """The same, where the list is known without a call."""
         return {}
 
+    def price_of(self, detail: Json) -> Rates | None:
+        """What the upstream's own list says that a model costs, where it does."""
+        return None
+
+    def quota_request(self, target: Target) -> Outgoing | None:
+        """The call that tells what is left of the account's allowance, where there is one."""
+        return None
+
+    def quota(self, body: bytes) -> dict[str, Json]:
+        """Name of a window -> `{"used", "limit", "resets_at", "unit"}` as far as the upstream says: numbers, a time as ISO 8601 with its
+        zone, a currency where it is money. Raises UpstreamProtocol."""
+        return {}
+
+    def sign_in(self, settings: Mapping[str, str]) -> SignIn | None:
+        """How an account signs in (OAuth); None where it has a plain secret. Raises ValueError for settings that are missing."""
+        return None
+
+    def tokens_from(self, given: str) -> TokenSet | None:
+        """The tokens in a credential file of the vendor's own tool. None where it is none. Raises ValueError in words."""
+        return None
+
+    def facts_from(self, reply: Json) -> dict[str, str]:
+        """What a token endpoint's reply says of the account, to be kept and merged into `target.settings`."""
+        return {}
+
+    def policy_for(self, settings: Mapping[str, object]) -> str:
+        """The policy of an account with these settings: `policy`, unless the vendor's terms differ between ways to sign in."""
+        return self.policy
+
+    def setting_from(self, name: str, given: str) -> str:
+        """What is kept of one of its own settings. Raises ValueError, in words, for one that cannot be right."""
+        return given
+
     def base_url_from(self, given: str) -> str:
         """What is kept of a base URL, which has been checked to be one."""
         return given.rstrip("/")
@@ -137,13 +175,34 @@ class Adapter:
         return secret
 
 
-@dataclass(frozen=True, slots=True)
-class Whole:
+class Whole(Struct, frozen=True):
     """A whole answer: bytes for the client, and what the upstream counted (None where it did not say)."""
 
     body: bytes
     tokens: Tokens | None
     content_type: str = "application/json"
+    output_estimate: int | None = None  # tokens, where something better is known than the size of the body
+
+    def estimated_output(self) -> int:
+        """Output tokens, for a row whose upstream counted nothing."""
+        return self.output_estimate if self.output_estimate is not None else len(self.body) // 4
+
+
+class Heard(Struct, frozen=True):
+    """The whole answer to a first call, whatever its status."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Pause(Struct, frozen=True):
+    """Yielded between first calls: go on after so many seconds. Nothing is sent back for it."""
+
+    seconds: float
+
+
+FirstCalls = Generator[Outgoing | Pause, Heard, Outgoing]
 
 
 class Reader:
@@ -199,11 +258,10 @@ class OpenAICompatible(Adapter):
         headers = self.headers(target)
         headers["Accept"] = "text/event-stream" if ask.stream else "*/*"
         headers["Accept-Encoding"] = "identity" if ask.stream else "gzip"
-        headers["X-Request-ID"] = ask.request_id
         body = {**ask.body, "model": target.model}
         if self._adds_usage(ask):
             body["stream_options"] = {**(ask.body.get("stream_options") or {}), "include_usage": True}
-        return target.post(f"/{ask.endpoint}", headers, wire.encode_json(body))
+        return target.post(f"/{ask.endpoint}", headers, wire.encode_json(body), ask.request_id)
 
     def _adds_usage(self, ask: Ask) -> bool:
         return ask.stream and ask.add_usage_option and not ask.client_wants_usage and ask.endpoint in self._takes_usage_option
@@ -219,12 +277,12 @@ class OpenAICompatible(Adapter):
         except (msgspec.DecodeError, RecursionError):
             raise UpstreamProtocol("The upstream's answer could not be read.") from None
         if seen.error:
-            raise self.failure(target, _status_of(seen.error), {}, body)
+            raise self.failure(target, status_of(seen.error), {}, body)
         return Whole(body, _tokens_of(seen.usage, seen.choices))
 
     def failure(self, target: Target, status: int, headers: Mapping[str, str], body: bytes) -> UpstreamFailure:
-        said = _said(body)
-        return _problem(target, status, said, _retry_after_seconds(headers))
+        said = said_in(body)
+        return failure_of_said(target, status, said, wait_seconds_in(headers))
 
     def models_request(self, target: Target) -> Outgoing | None:
         return target.get("/models", self.headers(target))
@@ -232,7 +290,7 @@ class OpenAICompatible(Adapter):
     def models(self, body: bytes) -> dict[str, Json]:
         """Accepts `{"data": […]}`, `{"models": […]}` and a bare list (protocol reference 4.10)."""
         try:
-            listed = wire.decode_json(body)
+            listed = wire.decode_answer(body)
         except (msgspec.DecodeError, RecursionError):
             raise UpstreamProtocol("The list of models could not be read.") from None
         if isinstance(listed, dict):
@@ -254,6 +312,8 @@ class SameShape(Reader):
     _HANDSHAKE = frozenset({"response.created", "response.queued", "response.in_progress"})
     # What ends a stream of the APIs that send no [DONE].
     _LAST = frozenset({"response.completed", "response.incomplete", "response.failed", "speech.audio.done"})
+    # Whether content events may go on unread, once one was looked at. False where an upstream's events need mending.
+    passes_unread: ClassVar[bool] = True
     # One of these comes with each image: which is the last, only the end of the stream tells.
     _MAY_BE_LAST = frozenset({"image_generation.completed"})
 
@@ -268,8 +328,11 @@ class SameShape(Reader):
         self._saw_reason = False
         self._saw_complete = False
         self._saw_done = False
+        self._shape: Shape | None = None  # of the content event looked at last
 
     def feed(self, data: bytes) -> bytes:
+        if not self._parts and self._shape is not None and self._pass(data):
+            return data
         if self._parts and not wire.whole_events(self._tail + data):
             return self._wait_for_more(data)
         buffer = b"".join([*self._parts, data]) if self._parts else data
@@ -280,12 +343,15 @@ class SameShape(Reader):
         if not cut:
             return b""
         whole = buffer[:cut] if cut < len(buffer) else buffer
-        if self.started and not _needs_a_look(whole):
-            self.events += whole.count(b"data:")
-            self.content_bytes += _text_bytes(whole)
-            return whole
         out: list[bytes] = []
-        for one in wire.split_events(whole):
+        at = 0
+        while at < len(whole):
+            if self._shape is not None and (run := self._shape.run(whole, at)) and self._pass(run):
+                out.append(run)
+                at += len(run)
+                continue
+            one = wire.first_event(whole, at)
+            at += len(one)
             try:
                 out.append(self._look(one) or b"")
             except UpstreamFailure as problem:
@@ -294,6 +360,20 @@ class SameShape(Reader):
                 self.failure = problem  # how a stream was cut into reads must not decide what the client gets of it
                 break
         return b"".join(out)
+
+    def _pass(self, whole: bytes) -> bool:
+        """Whether these are content events like the one looked at last, which need no look of their own."""
+        assert self._shape is not None
+        events = self._shape.events_in(whole)
+        if not events:
+            return False
+        self.events += events
+        self.content_bytes += len(whole) - events * self._shape.frame_bytes
+        return True
+
+    def _unsaid(self) -> bytes:
+        """What a subclass has kept for the end of a stream that is complete."""
+        return b""
 
     def _wait_for_more(self, data: bytes) -> bytes:
         self._parts.append(data)
@@ -318,7 +398,7 @@ class SameShape(Reader):
             return last
         if self._saw_reason:  # some servers leave out [DONE]: a finish reason is as good
             self.finished = True
-            return last + wire.DONE
+            return last + self._unsaid() + wire.DONE
         raise self._broken("The upstream's stream ended before it was complete.")
 
     def _look(self, one: bytes) -> bytes | None:
@@ -327,7 +407,7 @@ class SameShape(Reader):
             return self._not_data(one)
         if data.startswith(b"[DONE]"):
             self.finished = self._saw_done = True
-            return one
+            return self._unsaid() + one
         try:
             seen = wire.decode_event(data)
         except (msgspec.DecodeError, RecursionError):
@@ -351,8 +431,11 @@ class SameShape(Reader):
             self._saw_complete = True
         if _is_content(seen, self._HANDSHAKE):
             self.started = True
-            self.events += 1
-            self.content_bytes += _text_bytes(one)
+            self.events += not _is_reason_alone(seen)
+            shape, text_bytes = shape_of(one, seen)
+            self.content_bytes += text_bytes
+            if shape is not None and self.passes_unread:
+                self._shape = shape
         if seen.choices and any(choice.finish_reason for choice in seen.choices):
             self._saw_reason = True
         # A failed response is an event of its API, but what it says of the failure is the upstream's own text.
@@ -373,177 +456,77 @@ class SameShape(Reader):
         return None
 
     def _said_error(self, data: bytes) -> UpstreamFailure:
-        said = _said(data)
+        said = said_in(data)
         if self.started:
-            return UpstreamBroke(said.message or "The upstream reported an error in the middle of the stream.", code=said.code)
-        return _problem(self._target, said.status or 500, said, None)
+            message = without_callers_key(self._target, said.message)
+            return UpstreamBroke(message or "The upstream reported an error in the middle of the stream.", code=said.code)
+        return failure_of_said(self._target, said.status or 500, said, None)
 
     def _broken(self, message: str) -> UpstreamFailure:
         return UpstreamBroke(message) if self.started else UpstreamProtocol(message)
 
 
-# A chunk that holds none of these passes unread.
-_MARKS = (b'"error"', b"[DONE]", b'"response.', b"_generation.completed", b"audio.done")
-_REASON = re.compile(rb'"finish_reason"\s*:\s*"')
-_USAGE = re.compile(rb'"usage"\s*:\s*\{')  # once asked for usage, OpenAI says `"usage": null` in every event but one
+class Shape:
+    """What all content events of a stream have in common: everything but the text.
+
+    Whole reads of such events are known by a few searches over all of it, at the speed of memory; an event that says anything
+    else (a reason, usage, an error) has another frame and is looked at."""
+
+    __slots__ = ("_before", "_behind", "_between", "frame_bytes")
+
+    def __init__(self, before: bytes, behind: bytes) -> None:
+        self._before, self._behind, self._between = before, behind, behind + before
+        self.frame_bytes = len(before) + len(behind)
+
+    def events_in(self, whole: bytes) -> int:
+        """How many events these bytes are, if each has this shape; else 0."""
+        if not (whole.startswith(self._before) and whole.endswith(self._behind) and len(whole) >= self.frame_bytes):
+            return 0
+        events = whole.count(self._between) + 1
+        # JSON has no line breaks within a string: two for each event, or there is another event among them.
+        return events if whole.count(b"\n") == 2 * events and b"\r" not in whole else 0
+
+    def run(self, whole: bytes, at: int) -> bytes:
+        """What may be events of this shape that stand together from `at` on, where there are more than one; else nothing.
+
+        The last of them may be left out: it is found by what stands between two."""
+        if not whole.startswith(self._before, at):
+            return b""
+        last = whole.rfind(self._between, at)
+        return whole[at : last + len(self._behind)] if last >= 0 else b""
 
 
-def _needs_a_look(whole: bytes) -> bool:
-    # An event whose data does not end as an object does was cut off in the middle: passed on, it would break the client.
-    if whole.count(b"\n\n") != whole.count(b"}\n\n"):
-        return True
-    return any(mark in whole for mark in _MARKS) or _REASON.search(whole) is not None or _USAGE.search(whole) is not None
+_CONTENT = re.compile(rb'"(?:content|text|reasoning_content|reasoning|arguments|delta)"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
 
 
-_CONTENT = re.compile(rb'"(?:content|text|reasoning_content|arguments|delta)"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')
-
-
-def _text_bytes(events: bytes) -> int:
-    return sum(len(text) for text in _CONTENT.findall(events))
+def shape_of(one: bytes, seen: wire.Event) -> tuple[Shape | None, int]:
+    """The shape of a content event, where it has one that others can be known by; and the bytes of its text."""
+    texts = list(_CONTENT.finditer(one))
+    text_bytes = sum(len(text[1]) for text in texts)
+    choices = seen.choices
+    plain = choices is None or (len(choices) == 1 and choices[0].finish_reason is None)
+    if len(texts) != 1 or not plain or seen.usage is not None or not one.endswith(b"}\n\n") or b"\r" in one:
+        return None, text_bytes
+    before, behind = one[: texts[0].start(1)], one[texts[0].end(1) :]
+    return Shape(before, behind), text_bytes
 
 
 def _is_content(seen: wire.Event, handshake: frozenset[str]) -> bool:
     if seen.type is not None and seen.choices is None:
         return seen.type not in handshake
-    for choice in seen.choices or ():
-        if choice.text or choice.finish_reason:
-            return True
-        if choice.delta is not None and any(getattr(choice.delta, name) for name in choice.delta.__struct_fields__):
-            return True
-    return False
+    return any(choice.text or choice.finish_reason or _says(choice.delta) for choice in seen.choices or ())
+
+
+def _is_reason_alone(seen: wire.Event) -> bool:
+    """Whether it says why the stream ends and nothing else: no upstream bills a token for that."""
+    return bool(seen.choices) and not any(choice.text or _says(choice.delta) for choice in seen.choices or ())
+
+
+def _says(delta: wire.Delta | None) -> bool:
+    return delta is not None and any(getattr(delta, name) for name in delta.__struct_fields__)
 
 
 def _tokens_of(usage: wire.Usage | None, choices: list[wire.Choice] | None) -> Tokens | None:
     if usage is None and choices:
         usage = next((choice.usage for choice in choices if choice.usage is not None), None)
     return usage.tokens() if usage is not None else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Said:
-    """What an upstream's error body says, cleaned: one line, at most 500 characters, no secrets."""
-
-    message: str = ""
-    code: str | None = None
-    type: str | None = None
-    param: str | None = None
-    status: int | None = None
-
-
-def _said(body: bytes) -> _Said:
-    """Reads `{"error": {…}}`, `{"error": "…"}`, `{"detail": …}` and `{"message": …}` (reference 1.6, 4.4, 4.10)."""
-    try:
-        value: Any = wire.decode_json(body)
-    except (msgspec.DecodeError, RecursionError):
-        return _Said()  # a page or a dump: nothing of it is shown
-    if not isinstance(value, dict):
-        return _Said()
-    error = value.get("error") or value
-    if isinstance(error, str):
-        return _Said(message=clean(error), code=_word(value.get("code")), status=_number(value.get("status")))
-    if not isinstance(error, dict):
-        return _Said()
-    message = error.get("message") or error.get("detail") or value.get("message") or value.get("detail") or ""
-    if isinstance(message, list):
-        message = "; ".join(str(one.get("msg", "")) for one in message if isinstance(one, dict))
-    return _Said(
-        message=clean(str(message)) if isinstance(message, str) else "",
-        code=_word(error.get("code")),
-        type=_word(error.get("type")),
-        param=_word(error.get("param")),
-        status=_number(error.get("status")) or _number(error.get("code")),
-    )
-
-
-def clean(text: str) -> str:
-    """An upstream's words as they may be shown: one line, at most 500 characters, key-like parts masked."""
-    if text.lstrip().startswith("<"):
-        return ""
-    line = " ".join(text.split())
-    return redact("".join(letter for letter in line if letter.isprintable()))[:500]
-
-
-def _word(value: object) -> str | None:
-    """A code or a parameter's name: short and plain, or it is not passed on."""
-    return value if isinstance(value, str) and re.fullmatch(r"[\w.\[\]-]{1,100}", value) else None
-
-
-def _number(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 400 <= value < 600 else None
-
-
-def _status_of(error: object) -> int:
-    """The status that an error inside a 200 stands for."""
-    said = _said(wire.encode_json({"error": error}))
-    by_code = {"invalid_api_key": 401, "insufficient_quota": 429, "rate_limit_exceeded": 429, "model_not_found": 404}
-    return said.status or by_code.get(said.code or "", 400 if said.type == "invalid_request_error" else 500)
-
-
-_TOO_LONG = ("context_length", "context length", "maximum context", "too many tokens", "context window", "prompt is too long")
-_FILTERED = ("content_policy", "content policy", "content_filter", "content management policy", "moderation")
-_NO_MODEL = ("model_not_found", "model not found", "does not exist", "unknown model", "no such model")
-_NO_CREDIT = ("insufficient_quota", "credit_balance_exhausted", "insufficient_funds", "billing_hard_limit_reached")
-
-
-def _problem(target: Target | None, status: int, said: _Said, retry_after_seconds: float | None) -> UpstreamFailure:
-    callers_key = target is not None and target.callers_key
-    problem = _classify(status, said, retry_after_seconds, callers_key=callers_key)
-    problem.upstream_status = status
-    if target is not None and callers_key:  # nobody else knows this secret, so no redactor does
-        problem.message = problem.message.replace(target.secret.reveal(), "[redacted]")
-    return problem
-
-
-def _classify(status: int, said: _Said, retry_after_seconds: float | None, *, callers_key: bool) -> UpstreamFailure:
-    text = f"{said.code or ''} {said.type or ''} {said.message}".lower()
-
-    def mentions(words: tuple[str, ...]) -> bool:
-        return any(word in text for word in words)
-
-    if status == 401:
-        if callers_key:
-            return CallersKeyRefused("The upstream refused the key given in X-Upstream-Key.")
-        return CredentialRefused("The upstream refused the gateway's credential.")
-    if status == 402:
-        return OutOfCredit(said.message or "No credit left on the upstream account.", status=402, retry_after_seconds=retry_after_seconds)
-    if status == 403:
-        return ForbiddenAtUpstream(said.message or "The upstream does not allow this.", code=said.code)
-    if status == 404:
-        return ModelGone(said.message or "The upstream does not know this model.", param="model" if mentions(_NO_MODEL) else said.param)
-    if status == 408:
-        return UpstreamTimeout(said.message or "The upstream timed out.")
-    if status == 429:
-        if mentions(_NO_CREDIT):
-            return OutOfCredit(said.message or "No quota left on the upstream account.", retry_after_seconds=retry_after_seconds)
-        return RateLimited(said.message or "The upstream is limiting requests.", retry_after_seconds=retry_after_seconds)
-    if status in (503, 529):
-        return Overloaded(said.message or "The upstream is overloaded.", retry_after_seconds=retry_after_seconds)
-    if status >= 500 or status < 400:
-        return UpstreamServer(said.message or f"The upstream answered {status}.")
-    if mentions(_TOO_LONG) or (status == 413 and "token" in text):
-        return ContextLength(said.message or "The request is longer than the model's context.", param=said.param or "messages")
-    if mentions(_FILTERED):
-        return ContentFiltered(said.message or "The upstream's content policy refused this.", param=said.param)
-    message = said.message or f"The upstream refused the request ({status})."
-    if "stream_options" in text or "include_usage" in text:
-        return UsageOptionRefused(message, param=said.param, code=said.code)
-    return InvalidAtUpstream(message, status=status if status in (409, 413) else 400, param=said.param, code=said.code)
-
-
-def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """`retry-after-ms`, else `retry-after` as seconds or as a date (reference 4.3)."""
-    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) / unit
-        except ValueError:
-            continue
-        return seconds if 0 <= seconds < LONGEST_WAIT_SECONDS else None
-    return _until(headers.get("retry-after", ""))
-
-
-def _until(date: str) -> float | None:
-    try:
-        seconds = parsedate_to_datetime(date).timestamp() - time()
-    except (ValueError, TypeError, OverflowError):
-        return None
-    return max(0.0, seconds) if seconds < LONGEST_WAIT_SECONDS else None

@@ -7,7 +7,8 @@ the site itself: operators alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -15,15 +16,24 @@ from django import forms
 from django.contrib import admin, messages
 from django.core.exceptions import ValidationError
 from django.db.models import Count, Model, QuerySet
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import get_object_or_404, redirect
+from django.template.response import TemplateResponse
+from django.urls import reverse
 from django.utils import timezone
+from django.utils.formats import date_format
+from django.utils.html import format_html, format_html_join
+from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin
 from unfold.decorators import action, display
 from unfold.widgets import UnfoldAdminDecimalFieldWidget, UnfoldAdminPasswordWidget, UnfoldBooleanSwitchWidget
 
-from providers import actions, given
+from providers import actions, given, queries, registry, signin, tokens
+from providers.adapter import Adapter
 from providers.models import Credential, Price, State, UpstreamModel
+from providers.oauth import CodePending, DevicePending, OAuthFailed, TokenSet
+from providers.secrets import SealBroken
+from providers.signin import Pending
 
 MICRO = 1_000_000
 
@@ -43,7 +53,7 @@ class CredentialForm(forms.ModelForm):
     accept_policy = forms.BooleanField(
         required=False,
         widget=UnfoldBooleanSwitchWidget,
-        help_text="I know what the vendor's terms say of this kind. Needed for kinds that are restricted or ended.",
+        help_text="I know what the vendor's terms say of this kind. Needed where that is restricted or ended; it is recorded.",
     )
 
     class Meta:
@@ -66,15 +76,24 @@ class CredentialForm(forms.ModelForm):
         self._ask(lambda: given.label(cleaned.get("label", "")))
         self._ask(lambda: given.prefix(cleaned["prefix"]))
         self._ask(lambda: given.base_url(adapter, cleaned.get("base_url") or ""))
-        self._ask(lambda: given.settings(adapter, cleaned.get("settings") or {}))
+        self._ask(lambda: cleaned.update(settings=given.settings(adapter, cleaned.get("settings") or {})))
         self._ask(lambda: given.weight(cleaned.get("weight") or 0))
-        if cleaned.get("new_secret") or not self.instance.pk:
-            self._ask(lambda: given.secret(adapter, cleaned.get("new_secret") or ""))
-        elif adapter.needs_secret and not self.instance.secret and cleaned.get("state") == State.ACTIVE:
-            self.add_error("state", "It has no secret: give one first.")
-        if not self.instance.pk:
-            self._ask(lambda: given.policy(adapter, accepted=bool(cleaned.get("accept_policy"))))
+        settings = cleaned.get("settings") or {}
+        secret = cleaned.get("new_secret") or ""
+        if secret or not (self.instance.pk or given.signs_in(adapter, settings)):
+            self._ask(lambda: given.secret_or_tokens(adapter, secret, settings))
+        elif self.instance.pk and cleaned.get("state") == State.ACTIVE:
+            self._ask(lambda: actions.check_it_may_call(self.instance, settings, before=self.initial["state"]))
+        self._ask(lambda: self._policy(adapter, cleaned))
         return cleaned
+
+    def _policy(self, adapter: Adapter, cleaned: dict[str, Any]) -> None:
+        accepted = bool(cleaned.get("accept_policy"))
+        settings = given.settings(adapter, cleaned.get("settings") or {})
+        if self.instance.pk:
+            given.policy_after_change(adapter, self.instance.settings, settings, accepted=accepted)
+        else:
+            given.policy(adapter, settings, accepted=accepted)
 
     def _ask(self, rule: Callable[[], object]) -> None:
         try:
@@ -89,34 +108,70 @@ class CredentialForm(forms.ModelForm):
 @admin.register(Credential)
 class CredentialAdmin(ModelAdmin):
     form = CredentialForm
-    list_display = ("label", "kind_name", "prefix", "owner", "state_label", "weight", "priority", "listed", "problem")
+    # How it stands comes before what seldom changes: a narrow window cuts the end off.
+    list_display = (
+        "label",
+        "kind_name",
+        "prefix",
+        "owner",
+        "state_label",
+        "problem",
+        "renewed_next",
+        "listed",
+        "policy_label",
+        "weight",
+        "priority",
+    )
     list_filter = ("state", "kind", "organization")
-    list_select_related = ("organization", "user")
+    list_select_related = ("organization", "user", "policy_accepted_by", "token")
     list_per_page = 50
     search_fields = ("label", "prefix", "base_url")
     ordering = ("prefix", "-priority", "label")
     autocomplete_fields = ("organization", "user")
-    actions = ("refresh_chosen", "disable_chosen", "enable_chosen")
-    actions_detail = ("refresh_now",)
+    actions = (
+        "refresh_chosen",
+        "renew_chosen",
+        "disable_chosen",
+        "enable_chosen",
+        "freeze_for_an_hour",
+        "freeze_for_a_day",
+        "thaw_chosen",
+    )
+    actions_detail = ("refresh_now", "sign_in")
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Credential]:
         # The sealed secret is of no use to any page here.
-        return super().get_queryset(request).annotate(models_listed=Count("models"))
+        return super().get_queryset(request).select_related("token").annotate(models_listed=Count("models"))
 
     def get_fieldsets(self, request: HttpRequest, obj: Credential | None = None) -> Any:
-        account = ("label", "base_url", "new_secret") if obj else ("kind", "label", "base_url", "new_secret", "accept_policy")
+        account: tuple[str, ...] = ("label", "base_url", "new_secret", "accept_policy")
+        account = ("kind_label", "policy", "accepted", *account) if obj else ("kind", *account)
         use = ("prefix", "organization", "user", "weight", "priority")
         fieldsets = [
-            (None, {"fields": ("kind_label", *account) if obj else account}),
+            (None, {"fields": account, **({} if obj else {"description": _kinds_with_terms()})}),
             ("Use", {"fields": (*use, "state") if obj else use}),
-            ("Settings", {"fields": ("settings",), "description": "For every kind: pass_through, listed_only, proxy_url, ca_pem."}),
+            ("Settings", {"fields": ("settings",), "description": "For every kind: pass_through, listed_only, proxy_url, http2, ca_pem."}),
         ]
         if obj:
-            fieldsets.append(("Now", {"fields": ("has_secret", "listed", "models_refreshed_at", "last_error", "created_at")}))
+            fieldsets.append(("Now", {"fields": self._now(obj)}))
         return fieldsets
 
     def get_readonly_fields(self, request: HttpRequest, obj: Credential | None = None) -> tuple[str, ...]:
-        return ("kind_label", "has_secret", "listed", "models_refreshed_at", "last_error", "created_at") if obj else ()
+        return ("kind_label", "policy", "accepted", *self._now(obj)) if obj else ()
+
+    def _now(self, credential: Credential) -> tuple[str, ...]:
+        times = ("renewed", "good_until", "renewed_next") if queries.token_of(credential) else ()
+        return (
+            "has_secret",
+            *times,
+            "standing_problem",
+            "listed",
+            "models_refreshed_at",
+            "allowance",
+            "frozen_until",
+            "frozen_reason",
+            "created_at",
+        )
 
     @display(description="kind")
     def kind_label(self, credential: Credential) -> str:
@@ -126,14 +181,49 @@ class CredentialAdmin(ModelAdmin):
     def kind_name(self, credential: Credential) -> str:
         return credential.kind
 
+    @display(description="policy", label={"allowed": "success", "restricted": "warning", "ended": "danger", "not accepted": "danger"})
+    def policy_label(self, credential: Credential) -> str | tuple[str, str]:
+        word = _policy_of(credential)
+        if word in ("allowed", "unknown") or credential.policy_accepted_at:
+            return word
+        return "not accepted", f"{word}, not accepted"
+
+    @display(description="policy")
+    def policy(self, credential: Credential) -> str:
+        return _terms(registry.adapter(credential.kind), credential.settings) if credential.kind in registry.names() else "unknown"
+
+    @display(description="policy accepted")
+    def accepted(self, credential: Credential) -> str:
+        if credential.policy_accepted_at is None:
+            return "no"
+        who = credential.policy_accepted_by or "on the command line"
+        return f"{credential.policy_accepted_at:%Y-%m-%d %H:%M} UTC, {who}"
+
     @display(description="for")
     def owner(self, credential: Credential) -> str:
         owners = [str(owner) for owner in (credential.organization, credential.user) if owner is not None]
         return ", ".join(owners) or "everybody"
 
-    @display(description="state", label={"Active": "success", "Disabled": "warning", "needs sign-in": "danger"})
+    @display(description="state", label={"Active": "success", "expiring": "warning", "Disabled": "warning", "needs sign-in": "danger"})
     def state_label(self, credential: Credential) -> str:
-        return credential.get_state_display()
+        return _state_of(credential)
+
+    @display(description="signed in, or renewed")
+    def renewed(self, credential: Credential) -> datetime | None:
+        return queries.standing_of(credential).refreshed_at
+
+    @display(description="good until")
+    def good_until(self, credential: Credential) -> datetime | None:
+        return queries.standing_of(credential).expires_at
+
+    @display(description="renewed next", ordering="token__next_refresh_at")
+    def renewed_next(self, credential: Credential) -> datetime | None:
+        return queries.standing_of(credential).next_refresh_at
+
+    @display(description="last problem")
+    def standing_problem(self, credential: Credential) -> str:
+        standing = queries.standing_of(credential)
+        return f"{standing.problem} ({standing.error})" if standing.error else standing.problem
 
     @display(description="models listed")
     def listed(self, credential: Credential) -> int:
@@ -141,11 +231,22 @@ class CredentialAdmin(ModelAdmin):
 
     @display(description="last problem")
     def problem(self, credential: Credential) -> str:
-        return credential.last_error[:80]
+        return queries.standing_of(credential).problem[:80]
 
     @display(description="secret")
     def has_secret(self, credential: Credential) -> str:
-        return "sealed" if credential.secret else "none"
+        if credential.secret:
+            return "sealed"
+        return "signed in" if queries.token_of(credential) else "none"
+
+    @display(description="allowance")
+    def allowance(self, credential: Credential) -> str:
+        """What is left of the account, as it said when its models were last asked for."""
+        windows = credential.quota.get("windows")
+        if not windows:
+            return "not told"
+        lines = format_html_join("", "{}<br>", ((_window(name, window),) for name, window in windows.items()))
+        return format_html("{}read {}", lines, _moment(credential.quota["read_at"]))
 
     def save_model(self, request: HttpRequest, obj: Credential, form: Any, change: bool) -> None:
         said = form.cleaned_data
@@ -162,6 +263,7 @@ class CredentialAdmin(ModelAdmin):
                 organization=said["organization"],
                 user=said["user"],
                 accept_policy=said["accept_policy"],
+                sign_in_later=True,
                 actor=_actor(request),
             )
             obj.pk = made.pk
@@ -173,8 +275,16 @@ class CredentialAdmin(ModelAdmin):
             for name in form.changed_data
             if name not in ("new_secret", "accept_policy")
         }
-        for note in actions.change_credential(obj, secret=said["new_secret"], actor=_actor(request), **changes):
+        notes = actions.change_credential(
+            obj, secret=said["new_secret"], accept_policy=said["accept_policy"], actor=_actor(request), **changes
+        )
+        for note in notes:
             self.message_user(request, note, messages.WARNING)
+
+    def response_add(self, request: HttpRequest, obj: Credential, post_url_continue: str | None = None) -> HttpResponse:
+        if obj.state == State.NEEDS_REAUTH:
+            return redirect("admin:providers_credential_sign_in", obj.pk)
+        return super().response_add(request, obj, post_url_continue)
 
     def delete_model(self, request: HttpRequest, obj: Credential) -> None:
         actions.delete_credential(obj, actor=_actor(request))
@@ -204,6 +314,80 @@ class CredentialAdmin(ModelAdmin):
             else:
                 self.message_user(request, f"{credential}: {credential.models.count()} models listed.", messages.SUCCESS)
 
+    @admin.action(description="Renew their sign-ins now", permissions=["change"])
+    def renew_chosen(self, request: HttpRequest, queryset: QuerySet[Credential]) -> None:
+        for row in tokens.in_use().filter(credential__in=queryset):
+            try:
+                tokens.renew(row.pk, row.generation, by_hand=True)
+            except (OAuthFailed, SealBroken) as problem:
+                self.message_user(request, f"{row.credential}: {problem}", messages.ERROR)
+            else:
+                self.message_user(request, f"{row.credential} is signed in anew.", messages.SUCCESS)
+
+    # Signing in
+
+    def has_sign_in_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
+        credential = Credential.objects.filter(pk=int(object_id)).first() if object_id and object_id.isdecimal() else None
+        if credential is None or credential.kind not in registry.names():
+            return False
+        return given.signs_in(registry.adapter(credential.kind), credential.settings)
+
+    @action(description="Sign in", url_path="sign-in", permissions=["change", "sign_in"])
+    def sign_in(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        """Begin, and then paste the address that the browser ended at, or wait until the vendor says that it is done."""
+        credential = get_object_or_404(Credential, pk=object_id)
+        kept = request.session.get(_pending_name(credential))
+        pending = signin.opened(kept, credential) if kept else None
+        if request.method != "POST":
+            return self._sign_in_page(request, credential, pending)
+        step = request.POST.get("step")
+        try:
+            if step == "begin":
+                pending = signin.begin(registry.adapter(credential.kind), credential.settings, credential_id=credential.pk)
+                request.session[_pending_name(credential)] = signin.sealed(pending, credential)
+            elif pending is not None and (found := _next_step(request, credential, pending)) is not None:
+                if isinstance(found, TokenSet):
+                    actions.sign_in(credential, found, actor=_actor(request))
+                    request.session.pop(_pending_name(credential), None)
+                    return self._signed_in(request, credential)
+                request.session[_pending_name(credential)] = signin.sealed(found, credential)
+                pending = found
+        except (OAuthFailed, ValidationError) as problem:
+            words = " ".join(problem.messages) if isinstance(problem, ValidationError) else problem.message
+            if not isinstance(pending, CodePending) or getattr(problem, "code", "") in ("code_refused", "access_denied"):
+                request.session.pop(_pending_name(credential), None)
+            self.message_user(request, words, messages.ERROR)
+            return self._on(request, credential, done=True)
+        return self._on(request, credential, pending=pending)
+
+    def _signed_in(self, request: HttpRequest, credential: Credential) -> HttpResponse:
+        self.message_user(request, f"{credential} is signed in.", messages.SUCCESS)
+        page = reverse("admin:providers_credential_change", args=[credential.pk])
+        return JsonResponse({"go": page}) if _by_script(request) else redirect(page)
+
+    def _on(self, request: HttpRequest, credential: Credential, *, pending: Pending | None = None, done: bool = False) -> HttpResponse:
+        """The page goes on: shown anew, or, where its script asked, told how long to wait."""
+        page = reverse("admin:providers_credential_sign_in", args=[credential.pk])
+        if not _by_script(request):
+            return redirect(page)
+        if done or not isinstance(pending, DevicePending):
+            return JsonResponse({"go": page})
+        return JsonResponse({"wait_seconds": pending.interval_seconds})
+
+    def _sign_in_page(self, request: HttpRequest, credential: Credential, pending: Pending | None) -> HttpResponse:
+        context = {
+            **self.admin_site.each_context(request),
+            "opts": self.opts,
+            "title": f"Sign in {credential}",
+            "credential": credential,
+            "state": _state_of(credential).lower(),
+            "problem": queries.standing_of(credential).problem,
+            "adapter": registry.adapter(credential.kind),
+            "pending": pending,
+            "device": isinstance(pending, DevicePending),
+        }
+        return TemplateResponse(request, "admin/providers/credential/sign_in.html", context)
+
     @admin.action(description="Disable", permissions=["change"])
     def disable_chosen(self, request: HttpRequest, queryset: QuerySet[Credential]) -> None:
         self._each(request, queryset, actions.disable)
@@ -211,6 +395,25 @@ class CredentialAdmin(ModelAdmin):
     @admin.action(description="Enable", permissions=["change"])
     def enable_chosen(self, request: HttpRequest, queryset: QuerySet[Credential]) -> None:
         self._each(request, queryset, actions.enable)
+
+    @admin.action(description="Freeze for an hour", permissions=["change"])
+    def freeze_for_an_hour(self, request: HttpRequest, queryset: QuerySet[Credential]) -> None:
+        self._freeze(request, queryset, timedelta(hours=1))
+
+    @admin.action(description="Freeze for a day", permissions=["change"])
+    def freeze_for_a_day(self, request: HttpRequest, queryset: QuerySet[Credential]) -> None:
+        self._freeze(request, queryset, timedelta(days=1))
+
+    @admin.action(description="Thaw", permissions=["change"])
+    def thaw_chosen(self, request: HttpRequest, queryset: QuerySet[Credential]) -> None:
+        for credential in queryset:
+            if actions.thaw(credential, actor=_actor(request)):
+                self.message_user(request, f"{credential} serves again.", messages.SUCCESS)
+
+    def _freeze(self, request: HttpRequest, queryset: QuerySet[Credential], length: timedelta) -> None:
+        for credential in queryset:
+            until = actions.freeze(credential, length=length, actor=_actor(request))
+            self.message_user(request, f"{credential} gets no calls until {until:%Y-%m-%d %H:%M} UTC.", messages.SUCCESS)
 
     def _each(self, request: HttpRequest, credentials: Iterable[Credential], deed: Callable[..., None]) -> None:
         for credential in credentials:
@@ -220,6 +423,73 @@ class CredentialAdmin(ModelAdmin):
                 self.message_user(request, f"{credential}: {' '.join(problem.messages)}", messages.ERROR)
             else:
                 self.message_user(request, f"{credential} is {credential.get_state_display().lower()} now.", messages.SUCCESS)
+
+
+def _state_of(credential: Credential) -> str:
+    state = queries.standing_of(credential).state
+    return state if state == "expiring" else credential.get_state_display()
+
+
+def _next_step(request: HttpRequest, credential: Credential, pending: Pending) -> TokenSet | Pending | None:
+    """What the vendor says now. Raises OAuthFailed, ValidationError."""
+    adapter, settings = registry.adapter(credential.kind), credential.settings
+    if isinstance(pending, CodePending):
+        if request.POST.get("step") != "finish":
+            return None
+        return signin.with_code(adapter, settings, pending, request.POST.get("pasted", ""), credential_id=credential.pk)
+    return signin.poll(adapter, settings, pending, credential_id=credential.pk) if request.POST.get("step") == "poll" else None
+
+
+def _pending_name(credential: Credential) -> str:
+    return f"sign-in-{credential.pk}"
+
+
+def _by_script(request: HttpRequest) -> bool:
+    return request.headers.get("accept") == "application/json"
+
+
+def _window(name: str, window: dict[str, Any]) -> str:
+    """ "week: 40 of 1,000 used, until 2026-08-29 05:20" """
+    used, limit = (_amount(window.get(which), str(window.get("unit", ""))) for which in ("used", "limit"))
+    said = f"{used} of {limit} used" if used and limit else f"{used} used" if used else f"limit {limit}" if limit else "no figures"
+    return f"{name}: {said}" + (f", until {_moment(window['resets_at'])}" if window.get("resets_at") else "")
+
+
+def _moment(text: str) -> str:
+    return date_format(timezone.localtime(datetime.fromisoformat(text)), "DATETIME_FORMAT")
+
+
+def _amount(value: Any, unit: str) -> str:
+    """Empty where there is none."""
+    if not isinstance(value, int | float):
+        return ""
+    return f"{value:,.2f} {unit}" if unit else f"{value:,}"
+
+
+def _policy_of(credential: Credential) -> str:
+    return registry.adapter(credential.kind).policy_for(credential.settings) if credential.kind in registry.names() else "unknown"
+
+
+_BADGES = {
+    "allowed": "bg-green-100 text-green-700 dark:bg-green-500/20 dark:text-green-400",
+    "restricted": "bg-orange-100 text-orange-700 dark:bg-orange-500/20 dark:text-orange-400",
+    "ended": "bg-red-100 text-red-700 dark:bg-red-500/20 dark:text-red-400",
+}
+
+
+def _terms(adapter: Adapter, settings: Mapping[str, object]) -> SafeString:
+    """A badge, what it means, and where the vendor says so."""
+    word = adapter.policy_for(settings)
+    badge = format_html('<span class="inline-block font-semibold px-2 rounded-default text-xs {}">{}</span>', _BADGES.get(word, ""), word)
+    # An adapter may come from an outside package: its link is one only where it leads to a page.
+    link = adapter.policy_source if adapter.policy_source.startswith(("https://", "http://")) else ""
+    source = format_html(' <a class="underline" href="{}" rel="noreferrer noopener" target="_blank">The vendor’s terms</a>', link)
+    return format_html("{} {}{}", badge, adapter.policy_note, source if link else "")
+
+
+def _kinds_with_terms() -> SafeString:
+    rows = ((adapter.title or adapter.name, _terms(adapter, {})) for adapter in map(registry.adapter, registry.names()))
+    return format_html('<ul class="flex flex-col gap-1">{}</ul>', format_html_join("", "<li><strong>{}</strong> {}</li>", rows))
 
 
 def _actor(request: HttpRequest) -> Model:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,49 +31,71 @@ class Timeouts:
             raise ValueError("heartbeat_seconds, idle_seconds and total_seconds must rise in this order.")
 
 
+class Overseer:
+    """Looks at all clocks that run, several times within the shortest of their times, and only while there are any.
+
+    A timer of its own for each call would cost more than all else that a clock does."""
+
+    def __init__(self, timeouts: Timeouts) -> None:
+        self.timeouts = timeouts
+        self.clocks: set[Clock] = set()
+        shortest = min(timeouts.first_byte_seconds, timeouts.idle_seconds, timeouts.total_seconds)
+        self._every_seconds = max(0.005, min(0.5, shortest / 50))
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, clock: Clock) -> None:
+        self.clocks.add(clock)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._every_seconds, self._look)
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        for clock in [clock for clock in self.clocks if clock.deadline <= now]:
+            clock.ring()
+        self._timer = asyncio.get_running_loop().call_later(self._every_seconds, self._look) if self.clocks else None
+
+
 class Clock:
-    """Watches one attempt: `async with` it raises TimeoutError when the upstream is late.
+    """Watches one attempt: `with` it raises TimeoutError when the upstream is late.
 
     Late is: no head of an answer within `first_byte_seconds`, silence of `idle_seconds` while we wait for more, or the
-    end of the whole call. To move the deadline is to write an attribute: there is one timer, which looks at the deadline
-    when it goes off and sleeps on if that has moved away.
+    end of the whole call. To move the deadline is to write an attribute. It does to its task what asyncio.timeout() does.
     """
 
-    __slots__ = ("_alarm_at", "_deadline", "_idle_seconds", "_limit", "_loop", "_timer", "_total_at")
+    __slots__ = ("_cancelling", "_late", "_overseer", "_task", "_total_at", "deadline")
 
-    def __init__(self, timeouts: Timeouts, total_at: float) -> None:
-        """`total_at`: the end of the whole call, in the loop's time."""
-        self._loop = asyncio.get_running_loop()
-        self._idle_seconds = timeouts.idle_seconds
+    def __init__(self, overseer: Overseer, total_at: float, task: asyncio.Task[Any] | None = None) -> None:
+        """`total_at`: the end of the whole call, monotonic. `task`: the one that runs, where it is at hand."""
+        task = task or asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._overseer = overseer
         self._total_at = total_at
-        self._deadline = self._alarm_at = min(total_at, self._loop.time() + timeouts.first_byte_seconds)
-        self._limit = asyncio.timeout(None)
+        first_byte_at = time.monotonic() + overseer.timeouts.first_byte_seconds
+        self.deadline = total_at if total_at < first_byte_at else first_byte_at
 
-    async def __aenter__(self) -> Self:
-        await self._limit.__aenter__()
-        self._timer = self._loop.call_at(self._alarm_at, self._look)
+    def __enter__(self) -> Self:
+        self._cancelling, self._late = self._task.cancelling(), False
+        self._overseer.add(self)
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None) -> None:
-        self._timer.cancel()
-        await self._limit.__aexit__(kind, problem, trace)
+    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None) -> None:
+        self._overseer.clocks.discard(self)
+        if self._late and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            # Nobody else wanted it cancelled.
+            raise TimeoutError from problem
 
     def waiting(self) -> None:
         """The upstream's turn: it may be silent for so long."""
-        self._deadline = min(self._total_at, self._loop.time() + self._idle_seconds)
-        if self._deadline < self._alarm_at:
-            self._timer.cancel()
-            self._set_alarm()
+        idle_at = time.monotonic() + self._overseer.timeouts.idle_seconds
+        self.deadline = idle_at if idle_at < self._total_at else self._total_at
 
     def busy(self) -> None:
         """Our turn, or the client's: only the total counts."""
-        self._deadline = self._total_at
+        self.deadline = self._total_at
 
-    def _set_alarm(self) -> None:
-        self._alarm_at = self._deadline
-        self._timer = self._loop.call_at(self._alarm_at, self._look)
-
-    def _look(self) -> None:
-        if self._loop.time() < self._deadline:
-            return self._set_alarm()
-        self._limit.reschedule(self._loop.time())
+    def ring(self) -> None:
+        """It is late: what is under way is cancelled."""
+        self._overseer.clocks.discard(self)
+        self._late = True
+        self._task.cancel()

@@ -111,6 +111,11 @@ def networks(words: Iterable[str]) -> tuple[Network, ...]:
 @lru_cache(maxsize=256)
 def trust(ca_pem: str) -> ssl.SSLContext:
     """Whose certificates are believed: the system's authorities, and those given. Raises ssl.SSLError for what is none."""
+    return fresh_trust(ca_pem)
+
+
+def fresh_trust(ca_pem: str) -> ssl.SSLContext:
+    """The same, for somebody who changes it."""
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     if ca_pem:

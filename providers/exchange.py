@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv6Address
 from typing import NamedTuple, Protocol
 
 import httpx
+from msgspec import Struct, field
 
 from providers.egress import EgressRefused
 from providers.failures import (
@@ -42,16 +42,22 @@ class Place(NamedTuple):
     credential_id: int = 0
     ca_pem: str = ""  # trusted besides the system's own authorities
     proxy_url: str = ""
+    http2: bool = False  # offered to the upstream, which may decline
 
     @property
     def host_header(self) -> str:
-        scheme, host, port = self.origin
-        name = f"[{host}]" if ":" in host else host
-        return name if port == _PORTS[scheme] else f"{name}:{port}"
+        return _host_header(self.origin)
+
+
+@lru_cache(maxsize=1024)
+def _host_header(origin: Origin) -> str:
+    scheme, host, port = origin
+    name = f"[{host}]" if ":" in host else host
+    return name if port == _PORTS[scheme] else f"{name}:{port}"
 
 
 @lru_cache(maxsize=4096)
-def place_of(url: str, credential_id: int = 0, ca_pem: str = "", proxy_url: str = "") -> tuple[Place, str]:
+def place_of(url: str, credential_id: int = 0, ca_pem: str = "", proxy_url: str = "", *, http2: bool = False) -> tuple[Place, str]:
     """The place that a URL leads to, and its path. Raises UpstreamUnreachable for what is no plain address."""
     found = _ADDRESS.fullmatch(url)
     if found is None or re.search(r"[\\?#]", found[4] or ""):
@@ -60,7 +66,7 @@ def place_of(url: str, credential_id: int = 0, ca_pem: str = "", proxy_url: str 
     port = int(found[3] or _PORTS[scheme])
     if not 0 < port < 65536 or (host[0] == "[" and not _is_ipv6(host[1:-1])):
         raise UpstreamUnreachable(_NO_ADDRESS)
-    return Place((scheme, host.strip("[]"), port), credential_id, ca_pem, proxy_url), path
+    return Place((scheme, host.strip("[]"), port), credential_id, ca_pem, proxy_url, http2), path
 
 
 def _is_ipv6(text: str) -> bool:
@@ -71,8 +77,7 @@ def _is_ipv6(text: str) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Outgoing:
+class Outgoing(Struct, frozen=True):
     """A request as it leaves. `headers` are all that an adapter wants said; Host, length and the like are the transport's."""
 
     method: str
@@ -80,6 +85,7 @@ class Outgoing:
     path: str  # with the query, escaped: as it stands in the request line
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
+    id: str = ""  # goes out as X-Request-ID
 
     def __repr__(self) -> str:
         # Headers carry secrets, bodies people's words, and some upstreams take a key in the query.
@@ -90,7 +96,8 @@ class Outgoing:
         return f"{self.place.origin[0]}://{self.place.host_header}{self.path}"
 
     def as_httpx(self) -> httpx.Request:
-        return httpx.Request(self.method, self.url, headers=self.headers, content=self.body or None)
+        headers = {**self.headers, "X-Request-ID": self.id} if self.id else self.headers
+        return httpx.Request(self.method, self.url, headers=headers, content=self.body or None)
 
 
 class Watch(Protocol):

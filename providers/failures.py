@@ -3,14 +3,17 @@
 UpstreamFailure                 what the client sees                another credential or target may be tried?
 ├── UpstreamRefused             the client's own mistake            no
 │   ├── InvalidAtUpstream       400 (or the 4xx that was said)
-│   │   └── UsageOptionRefused  400                                 the same one again, without the option we added
+│   │   ├── UsageOptionRefused  400                                 the same one again, without the option we added
+│   │   └── OptionRefused       400                                 the same one again, without what may be left out
 │   ├── ContextLength           400 context_length_exceeded
 │   ├── ContentFiltered         400 content_policy_violation
 │   ├── ModelGone               404 model_not_found
 │   └── CallersKeyRefused       401 invalid_api_key                 (the key came in X-Upstream-Key)
 ├── UpstreamFailed              about the account or the upstream   yes, until content has gone to the client
 │   ├── CredentialRefused       502 upstream_auth_failed
+│   ├── NotRenewed              503 upstream_auth_pending       (its token has ended, and there is no new one yet)
 │   ├── ForbiddenAtUpstream     403
+│   ├── ModelNotHere            404 model_not_found                 (this account has not got it; another may)
 │   ├── OutOfCredit             402 or 429 insufficient_quota
 │   ├── RateLimited             429 rate_limit_exceeded
 │   ├── Overloaded              503 overloaded
@@ -32,6 +35,8 @@ class UpstreamFailure(ApiError):
 
     upstream_status: int | None = None
     detail = ""  # for operators alone: it may name hosts
+    cause: UpstreamFailure | None = None  # of a broken stream: what the same failure had been before content went out
+    unlearn = False  # True: what earlier calls found out about the account (`Ask.learned`) does not hold any more
 
 
 class UpstreamRefused(UpstreamFailure):
@@ -47,6 +52,14 @@ class InvalidAtUpstream(UpstreamRefused):
 
 class UsageOptionRefused(InvalidAtUpstream):
     pass
+
+
+class OptionRefused(InvalidAtUpstream):
+    """An answer without this option is better than none: the same call goes out again, with `option` in `Ask.left_out`."""
+
+    def __init__(self, message: str, *, option: str = "", code: str | None = None) -> None:
+        super().__init__(message, param=option or None, code=code)
+        self.option = option
 
 
 class ContextLength(UpstreamRefused):
@@ -72,6 +85,12 @@ class CredentialRefused(UpstreamFailed):
     whole_account = True
 
 
+class NotRenewed(UpstreamFailed):
+    status = 503
+    code = "upstream_auth_pending"
+    whole_account = True
+
+
 class CallersKeyRefused(UpstreamRefused):
     """The caller's own upstream key (`X-Upstream-Key`) was refused: that is the caller's to mend."""
 
@@ -82,6 +101,12 @@ class CallersKeyRefused(UpstreamRefused):
 class ForbiddenAtUpstream(UpstreamFailed):
     status = 403
     type = "permission_error"
+
+
+class ModelNotHere(UpstreamFailed):
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
 
 
 class OutOfCredit(UpstreamFailed):

@@ -17,8 +17,9 @@ from providers import registry
 from providers.adapter import Adapter
 from providers.exchange import place_of
 from providers.failures import UpstreamUnreachable
+from providers.oauth import SignIn, TokenSet
 
-FLAGS = frozenset({"pass_through", "listed_only"})
+FLAGS = frozenset({"pass_through", "listed_only", "http2"})
 EVERY_KIND = FLAGS | {"proxy_url", "ca_pem"}
 WORDS_FOR_FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 MICRO = 1_000_000
@@ -88,11 +89,11 @@ def settings(adapter: Adapter, given: Mapping[str, object]) -> dict[str, object]
             raise ValidationError({"settings": f"'{name}' takes one value."})
         text = "" if value is None else str(value).strip()
         if text:
-            kept[name] = _setting(name, text)
+            kept[name] = _setting(adapter, name, text)
     return kept
 
 
-def _setting(name: str, text: str) -> object:
+def _setting(adapter: Adapter, name: str, text: str) -> object:
     if name in FLAGS:
         if text.lower() not in WORDS_FOR_FLAGS:
             raise ValidationError({"settings": f"'{name}' is a switch: 1 or 0."})
@@ -101,7 +102,10 @@ def _setting(name: str, text: str) -> object:
         return _http_address("settings", text, "http://proxy.example.org:3128")
     if name == "ca_pem":
         return _authorities(text)
-    return text
+    try:
+        return adapter.setting_from(name, text)
+    except ValueError as problem:
+        raise ValidationError({"settings": str(problem)}) from None
 
 
 def _authorities(text: str) -> str:
@@ -115,21 +119,72 @@ def _authorities(text: str) -> str:
     return text
 
 
-def secret(adapter: Adapter, text: str) -> str:
+def secret_or_tokens(adapter: Adapter, text: str, settings: Mapping[str, object]) -> tuple[str, TokenSet | None]:
+    """What was given as a secret: it, or the tokens in a credential file of the vendor's own tool."""
+    try:
+        tokens = adapter.tokens_from(text) if text.strip() else None
+    except ValueError as problem:
+        raise ValidationError({"secret": str(problem)}) from None
+    if tokens is None:
+        return secret(adapter, text, settings), None
+    if not signs_in(adapter, settings):
+        words = f"These are the tokens of a sign-in, and with these settings an account of kind '{adapter.name}' does not sign in."
+        raise ValidationError({"secret": f"{words} Known settings: {', '.join(sorted(adapter.settings))}."})
+    return "", tokens
+
+
+def sign_in(adapter: Adapter, settings: Mapping[str, object]) -> SignIn:
+    """How an account with these settings signs in."""
+    try:
+        found = adapter.sign_in({name: str(value) for name, value in settings.items()})
+    except ValueError as problem:
+        raise ValidationError({"settings": str(problem)}) from None
+    if found is None:
+        raise ValidationError({"kind": f"With these settings '{adapter.name}' does not sign in: it is given a secret."})
+    return found
+
+
+def signs_in(adapter: Adapter, settings: Mapping[str, object]) -> bool:
+    """True where an account with these settings has no secret of its own but signs in, even if a setting is still missing."""
+    try:
+        return adapter.sign_in({name: str(value) for name, value in settings.items()}) is not None
+    except ValueError:
+        return True
+
+
+def secret(adapter: Adapter, text: str, settings: Mapping[str, object] | None = None) -> str:
     try:
         kept = adapter.secret_from(text)
     except ValueError as problem:
         raise ValidationError({"secret": str(problem)}) from None
-    if not kept and adapter.needs_secret:
+    if not kept and wants_secret(adapter, settings or {}):
         raise ValidationError({"secret": f"A credential of kind '{adapter.name}' needs a secret."})
     return kept
 
 
-def policy(adapter: Adapter, *, accepted: bool) -> None:
-    if adapter.policy != "allowed" and not accepted:
-        name = adapter.title or adapter.name
-        words = f"By its vendor's terms, such a use of {name} is {adapter.policy}. To go on, accept that (--accept-policy)."
-        raise ValidationError({"accept_policy": words})
+def wants_secret(adapter: Adapter, settings: Mapping[str, object]) -> bool:
+    """Whether an account is of no use without a secret of its own. Where callers may bring theirs, it is."""
+    return adapter.needs_secret and settings.get("pass_through") is not True
+
+
+def policy(adapter: Adapter, settings: Mapping[str, object], *, accepted: bool) -> None:
+    if adapter.policy_for(settings) != "allowed" and not accepted:
+        raise ValidationError({"accept_policy": f"{policy_in_words(adapter, settings)} To go on, accept that."})
+
+
+def policy_in_words(adapter: Adapter, settings: Mapping[str, object]) -> str:
+    """What the vendor's terms say of such a use, and where they say it. Empty where it is allowed and nothing is to be known."""
+    said, name = adapter.policy_for(settings), adapter.title or adapter.name
+    words = [f"By its vendor's terms, such a use of {name} is {said}."] if said != "allowed" else []
+    words += [adapter.policy_note] if adapter.policy_note else []
+    words += [f"See {adapter.policy_source}"] if adapter.policy_source and words else []
+    return " ".join(words)
+
+
+def policy_after_change(adapter: Adapter, before: Mapping[str, object], after: Mapping[str, object], *, accepted: bool) -> None:
+    """An account that is under another policy by its new settings needs that accepted, as a new one does."""
+    if adapter.policy_for(after) != adapter.policy_for(before):
+        policy(adapter, after, accepted=accepted)
 
 
 def weight(number: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from functools import lru_cache
 from typing import Protocol, cast
 
 import httptools
@@ -25,13 +26,13 @@ MOST_FIELDS = 200
 READ_BYTES = 32 << 10
 # What one answer may hold before its peer is held back; it is let go on when the reader has taken all of it and wants more.
 PAUSE_ABOVE_BYTES = 32 << 10
-# For one read at a time of any connection: what comes is copied out of it before the next.
-_ROOM = memoryview(bytearray(READ_BYTES))
 # A body this small goes out in one piece with its head.
 _SMALL_BYTES = 64 << 10
 
 _METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE"})
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+_LENGTH = b"Content-Length: "
+_ID = re.compile(r"[0-9A-Za-z-]{1,64}")
 _PATH = re.compile(r"/[\x21-\x22\x24-\x7e]*")
 _FIELDS = re.compile(r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*\r\n)*")
 # How a message is framed, and for whom it is, is ours to say.
@@ -40,15 +41,30 @@ _OURS = frozenset({"host", "content-length", "transfer-encoding", "connection", 
 
 def request_head(call: Outgoing) -> bytes:
     """The request line and headers. Raises httpx.LocalProtocolError for what could be read as more than they say."""
-    if call.method not in _METHODS or not _PATH.fullmatch(call.path):
-        raise httpx.LocalProtocolError("The request line would not be one: its method or path cannot be sent.")
-    fields = "".join([f"{name}: {value}\r\n" for name, value in call.headers.items()])
-    if not _FIELDS.fullmatch(fields) or fields.count("\n") != len(call.headers):
+    head = _checked_head(call.method, call.path, call.place.host_header, tuple(call.headers.items()), call.id)
+    return b"%b%d\r\n\r\n" % (head, len(call.body)) if call.body or call.method in _WITH_BODY else head[: -len(_LENGTH)] + b"\r\n"
+
+
+def _checked_head(method: str, path: str, host: str, headers: tuple[tuple[str, str], ...], call_id: str) -> bytes:
+    """All of it but what differs from one call to the next is checked and put together once."""
+    head, end = _constant_head(method, path, host, headers)
+    if not call_id:
+        return head + end
+    if not _ID.fullmatch(call_id):
         raise httpx.LocalProtocolError("A header has a letter that no header can carry.")
-    if not _OURS.isdisjoint(map(str.lower, call.headers)):
+    return b"%bX-Request-ID: %b\r\n%b" % (head, call_id.encode("ascii"), end)
+
+
+@lru_cache(maxsize=512)
+def _constant_head(method: str, path: str, host: str, headers: tuple[tuple[str, str], ...]) -> tuple[bytes, bytes]:
+    if method not in _METHODS or not _PATH.fullmatch(path):
+        raise httpx.LocalProtocolError("The request line would not be one: its method or path cannot be sent.")
+    fields = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    if not _FIELDS.fullmatch(fields) or fields.count("\n") != len(headers):
+        raise httpx.LocalProtocolError("A header has a letter that no header can carry.")
+    if not _OURS.isdisjoint(name.lower() for name, _ in headers):
         raise httpx.LocalProtocolError("A header was given that is the transport's own to say.")
-    length = f"Content-Length: {len(call.body)}\r\n" if call.body or call.method in _WITH_BODY else ""
-    return f"{call.method} {call.path} HTTP/1.1\r\nHost: {call.place.host_header}\r\n{fields}{length}\r\n".encode("latin-1")
+    return f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n{fields}".encode("latin-1"), _LENGTH
 
 
 class Home(Protocol):
@@ -66,14 +82,21 @@ class NotHttp(Exception):
 
 
 class Connection(asyncio.BufferedProtocol):
-    """One connection to a place. Whoever has taken it has it alone."""
+    """One connection to a place. Whoever has taken it has it alone.
 
-    def __init__(self, place: Place, home: Home) -> None:
+    `room` is where a read puts its bytes; they are copied out of it before the next one. All connections of one event loop
+    may share it, those of two never: a sweep in a thread of its own would write into what a client's stream has just read."""
+
+    def __init__(self, place: Place, home: Home, room: memoryview) -> None:
         self.place = place
+        self._room = room
         self.free_since = 0.0  # in the loop's time
         self.touched = False  # a byte of the present answer has come
         self._home = home
         self._transport: asyncio.Transport | None = None
+        # Parts of a body by the last read. The parser puts them there itself: it calls `on_body` for every chunk.
+        self._received: list[bytes] = []
+        self.on_body = self._received.append
         self._parser = httptools.HttpResponseParser(self)
         self._answer: Http1Answer | None = None
         self._paused = False
@@ -122,10 +145,10 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return _ROOM
+        return self._room
 
     def buffer_updated(self, size: int) -> None:
-        self.data_received(_ROOM[:size])
+        self.data_received(self._room[:size])
 
     def data_received(self, data: bytes | memoryview) -> None:
         answer = self._answer
@@ -136,6 +159,12 @@ class Connection(asyncio.BufferedProtocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._out_of_step = True
+        if self._received:
+            if answer.take(self._received) > PAUSE_ABOVE_BYTES and not self._paused:
+                assert self._transport is not None
+                self._paused = True
+                self._transport.pause_reading()
+            self._received.clear()
         if self._complete:
             return self._finish(answer)
         if not answer.status:
@@ -153,6 +182,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, problem: Exception | None) -> None:
         self._transport = None
+        del self._parser  # it holds our methods: the two would wait for the garbage collector
         self._home.forget(self)
         answer, self._answer = self._answer, None
         if answer is None:
@@ -197,14 +227,6 @@ class Connection(asyncio.BufferedProtocol):
         self._keep_alive = self._parser.should_keep_alive()
         self._until_close = coding is None and b"content-length" not in answer.fields
         answer.status = status
-
-    def on_body(self, data: bytes) -> None:
-        answer = self._answer
-        assert answer is not None
-        if answer.take(data) > PAUSE_ABOVE_BYTES and not self._paused:
-            assert self._transport is not None
-            self._paused = True
-            self._transport.pause_reading()
 
     def on_message_complete(self) -> None:
         if self._interim:
@@ -256,10 +278,10 @@ class Http1Answer(Body):
 
     # For the connection
 
-    def take(self, data: bytes) -> int:
-        """A part of the body. The bytes that wait to be read."""
-        self._parts.append(data)
-        self._size += len(data)
+    def take(self, parts: list[bytes]) -> int:
+        """Parts of the body. The bytes that wait to be read."""
+        self._parts += parts
+        self._size += sum(map(len, parts))
         return self._size
 
     def end(self) -> None:
@@ -300,6 +322,11 @@ class Http1Answer(Body):
         self._parts.clear()
         if connection is not None:
             connection.abort()
+
+    async def read(self, limit: int) -> bytes:
+        if self._ended and self._decoder is None and self._problem is None and self._size <= limit:
+            return await self.arrived()  # all of it is here: the usual case of a small answer
+        return await super().read(limit)
 
     async def arrived(self) -> bytes:
         """Raises httpx.TransportError."""

@@ -59,9 +59,18 @@ class Credential(models.Model):
     priority = models.IntegerField(default=0, help_text="Higher goes first.")
     state = models.CharField(max_length=16, choices=State, default=State.ACTIVE)
     policy_accepted_at = models.DateTimeField(null=True, blank=True, editable=False)
+    # Empty although it was accepted: on the command line, by whoever may run commands.
+    policy_accepted_by = models.ForeignKey(
+        "accounts.User", on_delete=models.SET_NULL, null=True, blank=True, editable=False, related_name="+"
+    )
+    imported_as = models.BinaryField(max_length=32, null=True, editable=False, help_text="By what a file that is imported again finds it.")
     models_refreshed_at = models.DateTimeField(null=True, blank=True, editable=False)
     models_due_at = models.DateTimeField(null=True, blank=True, editable=False, help_text="When to ask for its models again; empty = now.")
     last_error = models.CharField(max_length=500, blank=True, editable=False)
+    # `{"read_at": ISO 8601, "windows": {name: {"used", "limit", "resets_at", "unit"}}}`, or empty where the upstream tells nothing.
+    quota = models.JSONField(default=dict, blank=True, editable=False)
+    frozen_until = models.DateTimeField(null=True, blank=True, editable=False, help_text="Until then it gets no calls.")
+    frozen_reason = models.CharField(max_length=200, blank=True, editable=False)
     created_at = models.DateTimeField(default=timezone.now, editable=False)
 
     class Meta:
@@ -86,9 +95,44 @@ class Credential(models.Model):
         port = parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0)
         return f"{parts.scheme}://{(parts.hostname or '').lower()}:{port}"
 
+    @property
+    def is_frozen(self) -> bool:
+        return self.frozen_until is not None and self.frozen_until > timezone.now()
+
     def place(self) -> Place:
         """What the sealed secret is bound to."""
         return Place(table="providers_credential", row=str(self.pk), column="secret", purpose="upstream", origin=self.origin)
+
+
+class OAuthToken(models.Model):
+    """The tokens of a credential that signs in. Written by `tokens.py` alone, so that no other news can undo a renewal.
+
+    Each renewal makes a new generation, and what is sealed is bound to it."""
+
+    credential = models.OneToOneField(Credential, on_delete=models.CASCADE, primary_key=True, related_name="token")
+    generation = models.PositiveBigIntegerField(default=0)
+    sign_in = models.PositiveBigIntegerField(default=0)  # the generation that a person's sign-in gave; those after it renew it
+    access = models.BinaryField()
+    refresh = models.BinaryField(null=True)
+    previous_refresh = models.BinaryField(null=True)  # kept until the one that followed it has worked once
+    expires_at = models.DateTimeField(null=True)  # None = the vendor did not say
+    refreshed_at = models.DateTimeField(default=timezone.now)
+    next_refresh_at = models.DateTimeField(null=True)  # None = never by itself
+    attempted_at = models.DateTimeField(null=True)  # a renewal was begun, and what became of it is not known
+    failures = models.PositiveIntegerField(default=0)  # in a row
+    last_error = models.CharField(max_length=40, blank=True)  # a code such as `invalid_grant`, never a vendor's text
+    facts = models.JSONField(default=dict)
+
+    class Meta:
+        indexes = [models.Index(fields=["next_refresh_at"])]
+
+    def __str__(self) -> str:
+        return f"tokens of credential {self.credential_id}, generation {self.generation}"
+
+    def place(self, column: str, origin: str) -> Place:
+        """What a sealed token is bound to; `origin` is the only place that it may be sent to."""
+        row = f"{self.credential_id}/{self.generation}"
+        return Place(table="providers_oauthtoken", row=row, column=column, purpose="oauth", origin=origin)
 
 
 class UpstreamModel(models.Model):
@@ -109,6 +153,7 @@ class UpstreamModel(models.Model):
 class PriceSource(models.TextChoices):
     HAND = "hand", "by hand"
     PACKAGE = "package", "price package"
+    UPSTREAM = "upstream", "the upstream's list"
 
 
 class Price(models.Model):

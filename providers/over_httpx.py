@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
-from typing import cast
+from typing import Any, cast
 
 import httpcore
 import httpx
 
 from providers.clock import Timeouts
 from providers.decoding import Body, decoder_for
-from providers.egress import Egress, trust
+from providers.egress import Egress, fresh_trust
 from providers.exchange import Outgoing, Place, Watch
 from providers.http1 import request_head
 
@@ -20,9 +20,12 @@ from providers.http1 import request_head
 class OverHttpx:
     """See `exchange.Transport`."""
 
-    def __init__(self, transport: httpx.AsyncBaseTransport, timeouts: Timeouts | None = None) -> None:
+    def __init__(self, transport: httpx.AsyncBaseTransport, timeouts: Timeouts | None = None, most_calls: int | None = None) -> None:
+        """`most_calls` at once; more raise httpx.PoolTimeout."""
         timeouts = timeouts or Timeouts()
         self._transport = transport
+        self._most_calls = most_calls
+        self._open = 0
         # Reading is watched by whoever waits for it.
         self._limits = {"pool": timeouts.pool_wait_seconds, "connect": timeouts.connect_seconds, "write": timeouts.idle_seconds}
 
@@ -30,12 +33,22 @@ class OverHttpx:
         request_head(call)  # what must not be sent is refused in the same words, whoever would send it
         request = call.as_httpx()
         request.extensions["timeout"] = self._limits
-        response = await self._transport.handle_async_request(request)
+        if self._most_calls is not None and self._open >= self._most_calls:
+            raise httpx.PoolTimeout("Enough calls to the upstream are under way.")
+        self._open += 1
         try:
-            return HttpxAnswer(response, watch)
-        except httpx.DecodingError:
-            await asyncio.shield(response.aclose())
+            response = await self._transport.handle_async_request(request)
+            try:
+                return HttpxAnswer(response, watch, self._ended)
+            except httpx.DecodingError:
+                await asyncio.shield(response.aclose())
+                raise
+        except BaseException:
+            self._ended()
             raise
+
+    def _ended(self) -> None:
+        self._open -= 1
 
     async def aclose(self) -> None:
         await self._transport.aclose()
@@ -44,8 +57,9 @@ class OverHttpx:
 class HttpxAnswer(Body):
     """See `exchange.Answer`."""
 
-    def __init__(self, response: httpx.Response, watch: Watch) -> None:
+    def __init__(self, response: httpx.Response, watch: Watch, ended: Callable[[], None] = lambda: None) -> None:
         super().__init__()
+        self._ended: Callable[[], None] | None = ended
         self.status = response.status_code
         self._response = response
         self._watch = watch
@@ -68,6 +82,9 @@ class HttpxAnswer(Body):
         return data
 
     async def close(self) -> None:
+        if self._ended is not None:
+            self._ended()
+            self._ended = None
         await asyncio.shield(self._end())
 
     async def _end(self) -> None:
@@ -116,17 +133,24 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         await self._network.sleep(seconds)
 
 
-class ProxiedTransport(httpx.AsyncHTTPTransport):
-    """httpx's own transport through the proxy of one place, which is itself reached through the checked door."""
+class HttpxTransport(httpx.AsyncHTTPTransport):
+    """httpx's own transport for one place: through its proxy, where it has one, and with HTTP/2, where it wants that.
+
+    Whatever it connects to is reached through the checked door."""
 
     def __init__(self, egress: Egress, place: Place) -> None:
-        super().__init__(trust_env=False, verify=trust(place.ca_pem))
-        self._pool = httpcore.AsyncHTTPProxy(
-            proxy_url=place.proxy_url,
-            ssl_context=trust(place.ca_pem),
+        # A context of its own: httpcore writes into it which protocols it offers.
+        context = fresh_trust(place.ca_pem)
+        super().__init__(trust_env=False, verify=context)
+        options: dict[str, Any] = {
+            "ssl_context": context,
             # No cap: httpcore 1.0 can lose a slot of its pool when a call is cancelled while it waits for one.
-            max_connections=None,
-            max_keepalive_connections=100,
-            keepalive_expiry=30,
-            network_backend=CheckedBackend(egress),
+            "max_connections": None,
+            "max_keepalive_connections": 100,
+            "keepalive_expiry": 30,
+            "http2": place.http2,
+            "network_backend": CheckedBackend(egress),
+        }
+        self._pool = (
+            httpcore.AsyncHTTPProxy(proxy_url=place.proxy_url, **options) if place.proxy_url else httpcore.AsyncConnectionPool(**options)
         )

@@ -16,16 +16,22 @@ MOST_IDLE = 64  # for each place
 class Pool:
     """Room for `most` connections. Each is free, in use, or only just being made; the last two are somebody's.
 
-    Nobody waits while there is room or a free connection, so whatever comes back goes to the first who waits.
+    Nobody waits while there is room or a free connection, so whatever comes back goes to the first who waits. No more than
+    `most_waiting` do: who waits for an upstream that hangs is in the way of calls to others.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, most_waiting: int) -> None:
         self.taken = 0  # of the room
-        self._most = most
+        self._most, self._most_waiting = most, most_waiting
         self._held: set[Connection] = set()  # those that take room; one on its way out no longer does
         self._free: dict[Place, list[Connection]] = {}  # the one used last stands last
         self._queue: OrderedDict[asyncio.Future[Connection | None], Place | None] = OrderedDict()
         self._closed = False
+
+    @property
+    def calls(self) -> int:
+        """How many have a connection, are making one, or wait for one."""
+        return self.taken - sum(map(len, self._free.values())) + len(self._queue)
 
     def take(self, place: Place) -> Connection | None:
         """The free connection of this place that was used last."""
@@ -43,6 +49,8 @@ class Pool:
         if self.taken < self._most or self._make_room():
             self.taken += 1
             return None
+        if len(self._queue) >= self._most_waiting:
+            raise httpx.PoolTimeout("All connections to the upstream are in use, and enough calls wait for one.")
         given: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
         self._queue[given] = place
         try:

@@ -7,24 +7,33 @@ half up once per request.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+
+from msgspec import Struct
 
 MILLION = 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Disjoint parts of one request's tokens: their sum is what the upstream counted."""
+class Tokens(Struct, frozen=True, gc=False):
+    """Disjoint parts of one request's tokens: their sum is what the upstream counted. And what it says that they cost."""
 
     fresh_input: int = 0
     cache_read: int = 0
     cache_write: int = 0
     output: int = 0  # without reasoning
     reasoning: int = 0
+    upstream_cost: int | None = None  # micro-dollars; None = it does not say
 
     def __add__(self, other: Tokens) -> Tokens:
-        return Tokens(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return Tokens(
+            self.fresh_input + other.fresh_input,
+            self.cache_read + other.cache_read,
+            self.cache_write + other.cache_write,
+            self.output + other.output,
+            self.reasoning + other.reasoning,
+            self.upstream_cost if other.upstream_cost is None else (self.upstream_cost or 0) + other.upstream_cost,
+        )
 
     @property
     def input(self) -> int:
@@ -39,8 +48,7 @@ class Tokens:
         return self.input + self.all_output
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
+class Rates(Struct, frozen=True, gc=False):
     """Micro-dollars per million tokens; None = the same as plain input."""
 
     input: int
@@ -81,11 +89,15 @@ class Price:
     by_hand: bool = True  # a row from an admin beats one from the price package
     long_above: int | None = None
     long: Rates | None = None
+    usual: Rates = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "usual", Rates(self.input, self.output, self.cache_read, self.cache_write))
 
     def rates(self, input_tokens: int) -> Rates:
         if self.long is not None and self.long_above is not None and input_tokens > self.long_above:
             return self.long
-        return Rates(self.input, self.output, self.cache_read, self.cache_write)
+        return self.usual
 
     def cost(self, tokens: Tokens) -> int:
         """Micro-dollars, rounded half up."""
@@ -93,7 +105,10 @@ class Price:
 
     def most(self, input_tokens: int, output_tokens: int) -> int:
         """The dearest this call can come to, in micro-dollars: what is held for it."""
-        return self.rates(input_tokens).most(input_tokens, output_tokens)
+        if self.long is None or self.long_above is None or input_tokens <= self.long_above:
+            return self.usual.most(input_tokens, output_tokens)
+        # It may turn out shorter than it could be, and the usual rates may be the dearer ones.
+        return max(self.long.most(input_tokens, output_tokens), self.usual.most(self.long_above, output_tokens))
 
 
 class PriceBook:

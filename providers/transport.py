@@ -2,7 +2,7 @@
 
 A connection is kept by its place (origin, authorities, credential); the one used last goes out first, and none is used
 again after anything went wrong on it. A request is sent once, and once more only when a kept connection turns out to
-have died before any byte of an answer. Outgoing proxies are left to httpx's own transport (`over_httpx.py`).
+have died before any byte of an answer. Outgoing proxies and HTTP/2 are left to httpx's own transport (`over_httpx.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import httpx
@@ -19,11 +20,11 @@ from providers.clock import Timeouts
 from providers.egress import Egress, trust
 from providers.exchange import Answer, Origin, Outgoing, Place, Unwatched, Watch, place_of
 from providers.failures import UpstreamUnreachable
-from providers.http1 import Connection, request_head
-from providers.over_httpx import OverHttpx, ProxiedTransport
+from providers.http1 import READ_BYTES, Connection, request_head
+from providers.over_httpx import HttpxTransport, OverHttpx
 from providers.pool import Pool
 
-MOST_CONNECTIONS = 1000  # to one origin, for all credentials together
+MOST_CONNECTIONS, MOST_WAITING = 1000, 250  # to one origin and for one, for all credentials together
 IDLE_SECONDS = 30.0
 PROXIED_CHECK_SECONDS = 60.0
 # For a peer to say goodbye on a TLS connection.
@@ -43,21 +44,23 @@ class PooledTransport(httpx.AsyncBaseTransport):
         timeouts: Timeouts | None = None,
         *,
         most_connections: int = MOST_CONNECTIONS,
+        most_waiting: int = MOST_WAITING,
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:
         self._egress = egress
         self._timeouts = timeouts or Timeouts()
-        self._most_connections = most_connections
+        self._most_connections, self._most_waiting = most_connections, most_waiting
         self._idle_seconds = idle_seconds
+        self._room = memoryview(bytearray(READ_BYTES))  # a transport lives in one event loop
         self._pools: dict[Origin, Pool] = {}
         self._sweep_timer: asyncio.TimerHandle | None = None
-        self._proxied: dict[Place, OverHttpx] = {}
+        self._by_others: dict[Place, OverHttpx] = {}
         self._proxied_until: dict[Origin, float] = {}
 
     async def send(self, call: Outgoing, watch: Watch) -> Answer:
         place = call.place
-        if place.proxy_url:
-            return await (await self._by_proxy(place)).send(call, watch)
+        if place.proxy_url or place.http2:
+            return await (await self._by_httpx(place)).send(call, watch)
         head = request_head(call)
         pool = self._pool(place.origin)
         kept = pool.take(place) or await pool.room(place, self._timeouts.pool_wait_seconds)
@@ -81,16 +84,20 @@ class PooledTransport(httpx.AsyncBaseTransport):
         for pool in self._pools.values():
             pool.close()
         self._pools.clear()
-        for proxied in self._proxied.values():
+        for proxied in self._by_others.values():
             await proxied.aclose()
-        self._proxied.clear()
+        self._by_others.clear()
+
+    def most_calls(self) -> int:
+        """At, or waiting for, the one origin that has the most of them; those that httpx takes are not counted."""
+        return max((pool.calls for pool in self._pools.values()), default=0)
 
     # Connections
 
     def _pool(self, origin: Origin) -> Pool:
         pool = self._pools.get(origin)
         if pool is None:
-            pool = self._pools[origin] = Pool(self._most_connections)
+            pool = self._pools[origin] = Pool(self._most_connections, self._most_waiting)
             if self._sweep_timer is None:
                 self._sweep_later()
         return pool
@@ -122,12 +129,13 @@ class PooledTransport(httpx.AsyncBaseTransport):
         secure: dict[str, Any] = {}
         if scheme == "https":
             secure = {"ssl": trust(place.ca_pem), "server_hostname": host.rstrip("."), "ssl_shutdown_timeout": GOODBYE_SECONDS}
+        made = partial(Connection, place, pool, self._room)
         problem: OSError = OSError("The name has no address.")
         for number, address in enumerate(addresses):
             now = loop.time()
             try:
                 async with asyncio.timeout_at(now + (until - now) / (len(addresses) - number)):
-                    transport, connection = await loop.create_connection(lambda: Connection(place, pool), address, port, **secure)
+                    transport, connection = await loop.create_connection(made, address, port, **secure)
             except OSError as said:  # a TimeoutError is one
                 problem = said
                 continue
@@ -148,20 +156,21 @@ class PooledTransport(httpx.AsyncBaseTransport):
     def _sweep_later(self) -> None:
         self._sweep_timer = asyncio.get_running_loop().call_later(self._idle_seconds / 6, self._sweep)
 
-    async def _by_proxy(self, place: Place) -> OverHttpx:
-        """The proxy looks the name up once more and may find another address; what we find ourselves must be allowed."""
+    async def _by_httpx(self, place: Place) -> OverHttpx:
+        """A proxy looks the name up once more and may find another address; what we find ourselves must be allowed."""
         now = asyncio.get_running_loop().time()
-        if self._proxied_until.get(place.origin, 0.0) < now:
+        if place.proxy_url and self._proxied_until.get(place.origin, 0.0) < now:
             try:
                 async with asyncio.timeout(self._timeouts.connect_seconds):
                     await self._egress.addresses(*place.origin[1:])
             except OSError:
                 pass  # where all goes through proxies, often the proxy alone knows names
             self._proxied_until[place.origin] = now + PROXIED_CHECK_SECONDS
-        if place not in self._proxied:
-            place_of(place.proxy_url)  # refuses what is no plain address
-            self._proxied[place] = OverHttpx(ProxiedTransport(self._egress, place), self._timeouts)
-        return self._proxied[place]
+        if place not in self._by_others:
+            if place.proxy_url:
+                place_of(place.proxy_url)  # refuses what is no plain address
+            self._by_others[place] = OverHttpx(HttpxTransport(self._egress, place), self._timeouts, self._most_connections)
+        return self._by_others[place]
 
     # For those who speak httpx
 

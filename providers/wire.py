@@ -89,7 +89,10 @@ class ChatHead(Head):
 
     def ceiling(self) -> int | None:
         # An upstream may heed either.
-        return max((one for one in (self.max_completion_tokens, self.max_tokens) if one is not None), default=None)
+        one, other = self.max_tokens, self.max_completion_tokens
+        if one is None or other is None:
+            return other if one is None else one
+        return max(one, other)
 
     def missing(self) -> str | None:
         return "messages" if self.messages is None else None
@@ -192,8 +195,19 @@ class Usage(msgspec.Struct):
     completion_tokens_details: Details | None = None
     input_tokens_details: Details | None = None
     output_tokens_details: Details | None = None
-    prompt_cache_hit_tokens: Number | None = None
+    prompt_cache_hit_tokens: Number | None = None  # DeepSeek's place for what the cache gave
+    cached_tokens: Number | None = None  # and Moonshot's
     total_tokens: Number | None = None
+
+    def has_no_details(self) -> bool:
+        return (
+            self.prompt_tokens_details is None
+            and self.completion_tokens_details is None
+            and self.input_tokens_details is None
+            and self.output_tokens_details is None
+            and self.prompt_cache_hit_tokens is None
+            and self.cached_tokens is None
+        )
 
     def tokens(self) -> Tokens | None:
         """Disjoint parts, or None when the object counts nothing."""
@@ -204,9 +218,12 @@ class Usage(msgspec.Struct):
                 return None
             prompt = self.total_tokens
         prompt, completion = _within(prompt, MOST_TOKENS), _within(completion, MOST_TOKENS)
+        if self.has_no_details():
+            return Tokens(prompt, 0, 0, completion, 0)
         before = self.prompt_tokens_details or self.input_tokens_details or Details()
         after = self.completion_tokens_details or self.output_tokens_details or Details()
-        cached = _within(before.cached_tokens if before.cached_tokens is not None else self.prompt_cache_hit_tokens, prompt)
+        said_cached = (before.cached_tokens, self.prompt_cache_hit_tokens, self.cached_tokens)
+        cached = _within(next((count for count in said_cached if count is not None), None), prompt)
         written = _within(before.cache_write_tokens, prompt - cached)
         reasoning = _within(after.reasoning_tokens, completion)
         return Tokens(
@@ -219,7 +236,8 @@ class Usage(msgspec.Struct):
 
 
 def _within(part: Number | None, whole: int) -> int:
-    return max(0, min(int(part or 0), whole))
+    count = int(part or 0)
+    return whole if count > whole else count if count > 0 else 0
 
 
 class Delta(msgspec.Struct):
@@ -259,14 +277,27 @@ decode_json = msgspec.json.Decoder().decode
 encode_json = msgspec.json.Encoder().encode
 
 
+_NOT_UTF8 = "A text in it is not UTF-8."
+
+
+def decode_answer(data: bytes) -> Any:
+    """What an upstream sent as JSON. Raises msgspec.DecodeError or RecursionError when it is none."""
+    try:
+        return decode_json(data)
+    except UnicodeDecodeError:  # which a decoder lets through
+        raise msgspec.DecodeError(_NOT_UTF8) from None
+
+
 def decode_event(data: bytes) -> Event:
     """One event or one whole answer. A field of unknown shape degrades to "some content": only an object is insisted on.
 
     Raises msgspec.DecodeError or RecursionError when it is not a JSON object."""
     try:
         return _decode_event(data)
+    except UnicodeDecodeError:
+        raise msgspec.DecodeError(_NOT_UTF8) from None
     except msgspec.ValidationError:
-        value = decode_json(data)
+        value = decode_answer(data)
         if not isinstance(value, dict):
             raise
         return Event(error=value.get("error"), choices=[Choice(text="?")])
@@ -283,6 +314,8 @@ def event(value: object) -> bytes:
 def whole_events(buffer: bytes) -> int:
     """How many bytes of `buffer` are whole events: up to and with the last blank line (LF, CRLF or CR)."""
     lf = buffer.rfind(b"\n\n")
+    if b"\r" not in buffer:
+        return lf + 2 if lf >= 0 else 0
     crlf = buffer.rfind(b"\n\r\n")
     cr = buffer.rfind(b"\r\r")
     return max(lf + 2 if lf >= 0 else 0, crlf + 3 if crlf >= 0 else 0, cr + 2 if cr >= 0 else 0)
@@ -290,6 +323,15 @@ def whole_events(buffer: bytes) -> int:
 
 # Atomic groups: a lone CRLF must not pass for two line ends.
 _BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)+")
+
+
+def first_event(events: bytes, at: int) -> bytes:
+    """The event that begins at `at`, with the blank line that ends it."""
+    end = events.find(b"\n\n", at) + 2
+    if end > 1 and events.find(b"\r", at, end + 1) < 0 and events[end : end + 1] != b"\n":
+        return events[at:end]  # as nearly all end
+    found = _BLANK_LINE.search(events, at)
+    return events[at : found.end()] if found is not None else events[at:]
 
 
 def split_events(events: bytes) -> list[bytes]:
@@ -302,6 +344,8 @@ def split_events(events: bytes) -> list[bytes]:
 
 def data_of(event_bytes: bytes) -> bytes:
     """The data of one event: its `data:` lines (with or without the space) joined with LF; empty for a comment."""
+    if event_bytes.startswith(b"data: ") and event_bytes.find(b"\n") == len(event_bytes) - 2 and b"\r" not in event_bytes:
+        return event_bytes[6:-2]  # one line of data, as nearly all have
     lines = event_bytes.splitlines()
     data = [line[6:] if line.startswith(b"data: ") else line[5:] for line in lines if line.startswith(b"data:")]
     return data[0] if len(data) == 1 else b"\n".join(data)

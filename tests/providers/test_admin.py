@@ -114,6 +114,20 @@ def test_a_policy_must_be_accepted_on_the_form(olga: Operator, monkeypatch: pyte
     assert Credential.objects.get().policy_accepted_at is not None
 
 
+def test_settings_that_bring_another_policy_must_be_accepted_on_the_form(olga: Operator, mine: Credential, monkeypatch: pytest.MonkeyPatch):
+    from providers import registry
+
+    kind = type(registry.adapter("openai"))
+    monkeypatch.setattr(kind, "policy_for", lambda self, settings: "ended" if settings.get("listed_only") else "allowed")
+    change = fields(label=mine.label, settings='{"listed_only": true}')
+    assert "is ended" in olga.post(f"credential/{mine.pk}/change/", **change)
+    assert Credential.objects.get().settings == {}
+
+    olga.post(f"credential/{mine.pk}/change/", **change, accept_policy="on")
+    assert Credential.objects.get().settings == {"listed_only": True}
+    assert Credential.objects.get().policy_accepted_at is not None
+
+
 def test_an_empty_secret_keeps_the_one_in_place(olga: Operator, mine: Credential):
     page = olga.get(f"credential/{mine.pk}/change/")
     assert "sealed" in page
@@ -161,6 +175,25 @@ def test_models_are_asked_for_from_the_list_and_from_the_page(olga: Operator, mi
     assert "Add" not in page.split("<main")[-1]
     olga.get(f"upstreammodel/{mine.models.first().pk}/change/")
     olga.get("upstreammodel/add/", status=403)
+
+
+def test_what_is_left_of_an_account_is_shown_where_it_is_looked_after(olga: Operator, mine: Credential):
+    assert "not told" in olga.get(f"credential/{mine.pk}/change/")
+
+    windows = {
+        "week": {"used": 1040, "limit": 2000, "resets_at": "2026-08-29T05:20:51Z"},
+        "booster": {"used": 2.5, "limit": 10.0, "unit": "USD"},
+        "<b>odd": {"used": 3},
+        "empty": {},
+    }
+    Credential.objects.filter(pk=mine.pk).update(quota={"read_at": "2026-08-22T10:05:00+00:00", "windows": windows})
+    page = olga.get(f"credential/{mine.pk}/change/")
+
+    assert "week: 1,040 of 2,000 used, until 2026-08-29 05:20" in page
+    assert "booster: 2.50 USD of 10.00 USD used<br>" in page
+    assert "&lt;b&gt;odd: 3 used<br>" in page
+    assert "empty: no figures<br>" in page
+    assert "read 2026-08-22 10:05" in page
 
 
 def test_an_upstreams_refusal_is_shown_without_the_secret(olga: Operator, mine: Credential, monkeypatch: pytest.MonkeyPatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 from django.conf import settings
@@ -235,6 +235,53 @@ def test_a_kind_with_a_policy_needs_it_accepted_and_keeps_when(policy: str, monk
 
     assert f"is {policy}" in refusal("accept_policy")
     assert openai(accept_policy=True).policy_accepted_at is not None
+
+
+class TwoDoors(OpenAI):
+    """By one door the vendor lets programs in, by the other no longer."""
+
+    name = "openai"
+    settings = frozenset({"door"})
+
+    def policy_for(self, settings: Mapping[str, object]) -> str:
+        return "ended" if settings.get("door") == "old" else "allowed"
+
+    def setting_from(self, name: str, given: str) -> str:
+        if given not in ("old", "new"):
+            raise ValueError("The door is old or new.")
+        return given
+
+
+@pytest.fixture
+def two_doors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._all(), "openai", TwoDoors())
+
+
+@pytest.mark.usefixtures("two_doors")
+def test_a_policy_can_depend_on_the_settings():
+    assert openai(settings={"door": "new"}).policy_accepted_at is None
+    assert "is ended" in refusal("accept_policy", settings={"door": "old"})
+    assert openai(settings={"door": "old"}, accept_policy=True).policy_accepted_at is not None
+
+
+@pytest.mark.usefixtures("two_doors")
+def test_a_change_of_settings_that_brings_another_policy_needs_it_accepted():
+    credential = openai(settings={"door": "new"})
+    with pytest.raises(ValidationError) as raised:
+        change_credential(credential, settings={"door": "old"})
+    assert "is ended" in " ".join(raised.value.message_dict["accept_policy"])
+    assert Credential.objects.get().settings == {"door": "new"}
+
+    change_credential(credential, settings={"door": "old"}, accept_policy=True)
+    assert credential.policy_accepted_at is not None
+    change_credential(credential, settings={"door": "old", "pass_through": True})  # still the same policy: asked once
+    change_credential(credential, settings={})
+    assert credential.settings == {}
+
+
+@pytest.mark.usefixtures("two_doors")
+def test_a_kind_says_which_values_a_setting_takes():
+    assert "old or new" in refusal("settings", settings={"door": "ajar"})
 
 
 def test_nothing_is_left_behind_when_the_seal_fails(monkeypatch: pytest.MonkeyPatch):

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from providers import failures
-from providers.adapter import Ask, Target, clean
+from providers.adapter import Ask, Target
 from providers.adapters.openai import OpenAI
 from providers.failures import UpstreamFailure, UpstreamProtocol
+from providers.said import clean
 from providers.secrets import SecretText, redact
 
 TARGET = Target("openai", 1, "l", "https://api.example.org/v1", SecretText("s"), "m", "openai/m")
@@ -40,6 +41,16 @@ def error(message: str = "words", **fields: Any) -> dict[str, Any]:
         (405, error(), "InvalidAtUpstream", 400, "invalid_request_error", None),
         (400, error(code="context_length_exceeded"), "ContextLength", 400, "invalid_request_error", "context_length_exceeded"),
         (400, error("The prompt is too long: 9 tokens"), "ContextLength", 400, "invalid_request_error", "context_length_exceeded"),
+        (
+            400,
+            error("exceeded model token limit: 262144"),
+            "ContextLength",
+            400,
+            "invalid_request_error",
+            "context_length_exceeded",
+        ),
+        (400, error("total message size 3 exceeds limit 2"), "ContextLength", 400, "invalid_request_error", "context_length_exceeded"),
+        (400, error("Input token length too long"), "ContextLength", 400, "invalid_request_error", "context_length_exceeded"),
         (413, error("too many tokens"), "ContextLength", 400, "invalid_request_error", "context_length_exceeded"),
         (400, error(code="content_policy_violation"), "ContentFiltered", 400, "invalid_request_error", "content_policy_violation"),
         (400, error(code="content_filter"), "ContentFiltered", 400, "invalid_request_error", "content_policy_violation"),
@@ -51,6 +62,7 @@ def error(message: str = "words", **fields: Any) -> dict[str, Any]:
         (429, error(code="insufficient_quota"), "OutOfCredit", 429, "insufficient_quota", "insufficient_quota"),
         (429, error(code="credit_balance_exhausted"), "OutOfCredit", 429, "insufficient_quota", "insufficient_quota"),
         (429, error(type="insufficient_quota"), "OutOfCredit", 429, "insufficient_quota", "insufficient_quota"),
+        (429, error("Insufficient balance"), "OutOfCredit", 429, "insufficient_quota", "insufficient_quota"),
         (429, error(code="rate_limit_exceeded"), "RateLimited", 429, "rate_limit_error", "rate_limit_exceeded"),
         (429, error(type="requests"), "RateLimited", 429, "rate_limit_error", "rate_limit_exceeded"),
         (429, error(code="slow_down"), "RateLimited", 429, "rate_limit_error", "rate_limit_exceeded"),
@@ -59,6 +71,8 @@ def error(message: str = "words", **fields: Any) -> dict[str, Any]:
         (502, b"<html>bad gateway</html>", "UpstreamServer", 502, "server_error", "upstream_error"),
         (504, b"", "UpstreamServer", 502, "server_error", "upstream_error"),
         (302, b"", "UpstreamServer", 502, "server_error", "upstream_error"),
+        (499, b"", "UpstreamServer", 502, "server_error", "upstream_error"),
+        (499, error("The operation was cancelled."), "UpstreamServer", 502, "server_error", "upstream_error"),
         (503, error(code="server_is_overloaded"), "Overloaded", 503, "server_error", "overloaded"),
         (529, error(type="overloaded_error"), "Overloaded", 503, "server_error", "overloaded"),
     ],
@@ -124,6 +138,12 @@ def test_a_plain_parameter_is_passed_on(param: str | None):
     assert said(400, error(param=param)).param == param
 
 
+def test_an_error_that_is_not_utf8_is_still_told_by_its_status():
+    problem = said(500, b'{"error": {"message": "caf\xe9"}}')
+
+    assert (type(problem), problem.message) == (failures.UpstreamServer, "The upstream answered 500.")
+
+
 @pytest.mark.parametrize("odd", ["with space", "x" * 101, "<b>", 7, {"a": 1}])
 def test_an_odd_parameter_or_code_is_not(odd: object):
     problem = said(400, error(param=odd, code=odd))
@@ -185,7 +205,7 @@ def test_an_error_inside_a_200_is_an_error(wrong: object, kind: str):
     assert type(raised.value) is getattr(failures, kind)
 
 
-@pytest.mark.parametrize("body", [b"", b"<html></html>", b"{", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("body", [b"", b"<html></html>", b"{", b"\xff", b'{"choices":[{"text":"\xff"}]}', b"[" * 100_000])
 def test_rubbish_is_no_answer(body: bytes):
     with pytest.raises(UpstreamProtocol):
         answer(body)
@@ -204,7 +224,7 @@ def test_a_list_of_models_has_three_shapes(listed: object):
     assert OpenAI().models(json.dumps(listed).encode()).keys() == {"a", "b"}
 
 
-@pytest.mark.parametrize("listed", [b"<html>", b"3", b'{"data": 1}', b"{}", b"[" * 100_000])
+@pytest.mark.parametrize("listed", [b"<html>", b"3", b'{"data": 1}', b'["\xff"]', b"{}", b"[" * 100_000])
 def test_what_is_no_list_of_models_is_refused(listed: bytes):
     with pytest.raises(UpstreamProtocol):
         OpenAI().models(listed)

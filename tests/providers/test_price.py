@@ -60,6 +60,13 @@ def test_a_long_request_costs_the_long_rates_for_all_of_it():
     assert row.most(101, 10) == 343
 
 
+def test_a_long_request_that_may_turn_out_shorter_is_held_at_the_dearer_rates():
+    row = Price(id=1, pattern="a/b", starts_at=0, input=3_000_000, output=4_000_000, long_above=100, long=Rates(1_000_000, 2_000_000))
+
+    assert row.most(101, 10) == row.cost(Tokens(fresh_input=100, output=10)) == 340
+    assert row.most(1000, 10) == row.cost(Tokens(fresh_input=1000, output=10)) == 1020
+
+
 def test_the_closest_pattern_by_hand_goes_first():
     book = PriceBook([price("*", id=1), price("openai/*", id=2), price("openai/gpt-4*", id=3), price("openai/gpt-4o", id=4)])
 

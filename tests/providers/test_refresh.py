@@ -6,19 +6,20 @@ import asyncio
 import gzip
 import json
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import httpx
 import pytest
 from django.db import connections
 from django.utils import timezone
 
-from providers import actions, listing, tasks
+from providers import actions, listing, sweeps
 from providers.actions import add_credential, refresh_all, refresh_models
 from providers.egress import EgressRefused
 from providers.models import Credential, Price, State, UpstreamModel, changed
 from providers.over_httpx import OverHttpx
 from proxy import snapshot
+from tests.upstreams.kimi import USAGES
 
 pytestmark = pytest.mark.django_db
 
@@ -103,6 +104,16 @@ def test_the_same_list_again_is_no_news(world: World, mine: Credential, news: li
 
     assert news == []
     assert snapshot.version() == before
+
+
+def test_other_facts_of_the_same_models_are_news(world: World, mine: Credential, news: list[type]):
+    refresh_models(mine)
+    news.clear()
+    world.answer = lambda request: httpx.Response(200, json={"data": [{"id": "a", "context_length": 8}, {"id": "b"}]})
+    refresh_models(mine)
+
+    assert news == [UpstreamModel]
+    assert snapshot.load().upstreams[0].details["a"]["context_length"] == 8
 
 
 def test_only_the_small_facts_of_a_model_are_kept(world: World, mine: Credential):
@@ -228,6 +239,87 @@ def test_one_that_was_deleted_meanwhile_is_no_error(world: World, mine: Credenti
     assert not UpstreamModel.objects.exists()
 
 
+# What is left of an account
+
+
+def plan(request: httpx.Request) -> httpx.Response:
+    return httpx.Response(200, json=USAGES) if request.url.path.endswith("/usages") else listing_of("k3")
+
+
+@pytest.fixture
+def planned(world: World) -> Credential:
+    """An account of a kind that tells its allowance."""
+    world.answer = plan
+    return add_credential("kimi", "Plan", SECRET, accept_policy=True)
+
+
+def test_what_is_left_of_an_account_is_read_with_its_models(world: World, planned: Credential):
+    before = timezone.now().replace(microsecond=0)
+    assert refresh_models(planned) == ""
+    planned.refresh_from_db()
+
+    assert sorted(request.url.path for request in world.asked) == ["/coding/v1/models", "/coding/v1/usages"]
+    assert planned.quota["windows"]["week"] == {"used": 40, "limit": 1000, "resets_at": "2026-08-29T05:20:51Z"}
+    assert before <= datetime.fromisoformat(planned.quota["read_at"]) <= timezone.now()
+    assert names(planned) == {"k3"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        refuses(404, {"error": {"message": "method not found"}}),
+        refuses(401),
+        refuses(200, b"<html>"),
+        refuses(200, b"x" * (9 << 20)),
+        raises(httpx.ReadTimeout("slow")),
+    ],
+)
+def test_an_allowance_that_cannot_be_read_is_no_failure_and_the_last_one_stays(world: World, planned: Credential, answer: Answers):
+    refresh_models(planned)
+    world.answer = lambda request: answer(request) if request.url.path.endswith("/usages") else listing_of("k4")
+
+    assert refresh_models(planned) == ""
+
+    planned.refresh_from_db()
+    assert planned.quota["windows"]["week"]["used"] == 40
+    assert planned.last_error == ""
+    assert names(planned) == {"k4"}
+
+
+def test_an_allowance_is_kept_though_the_list_fails(world: World, planned: Credential):
+    world.answer = lambda request: plan(request) if request.url.path.endswith("/usages") else httpx.Response(500)
+
+    assert "500" in refresh_models(planned)
+
+    planned.refresh_from_db()
+    assert planned.quota["windows"]
+
+
+def test_reading_an_allowance_is_no_news_for_the_hot_path(world: World, planned: Credential):
+    refresh_models(planned)
+    before = snapshot.version()
+    world.answer = lambda request: httpx.Response(200, json={"usage": {"used": 41}}) if "usages" in request.url.path else listing_of("k3")
+    refresh_models(planned)
+
+    assert snapshot.version() == before
+
+
+def test_another_secret_is_another_allowance(world: World, planned: Credential):
+    refresh_models(planned)
+    actions.replace_secret(planned, "sk-kimi-another")
+
+    planned.refresh_from_db()
+    assert planned.quota == {}
+
+
+def test_an_allowance_that_comes_after_the_address_changed_is_not_kept(world: World, planned: Credential):
+    stale = Credential.objects.get(pk=planned.pk)
+    actions.change_credential(planned, base_url="https://other.example.org", secret=SECRET)
+    refresh_models(stale)
+
+    assert Credential.objects.get().quota == {}
+
+
 # The sweep
 
 
@@ -245,37 +337,37 @@ def test_the_sweep_asks_those_that_are_due_and_no_others(world: World, mine: Cre
     off = add_credential("openai", "Off", SECRET, base_url="http://llm.example.org/v1")
     actions.disable(off)
 
-    assert tasks.refresh_due() == 1
+    assert sweeps.refresh_due() == 1
     assert timedelta(minutes=59) < later(mine) <= timedelta(hours=1)
-    assert tasks.refresh_due() == 0
+    assert sweeps.refresh_due() == 0
     assert len(world.asked) == 1
 
     Credential.objects.filter(pk=mine.pk).update(models_due_at=timezone.now() - timedelta(seconds=1))
-    assert tasks.refresh_due() == 1
+    assert sweeps.refresh_due() == 1
 
 
 def test_after_a_failure_the_sweep_asks_again_in_five_minutes(world: World, mine: Credential, caplog: pytest.LogCaptureFixture):
     world.answer = refuses(500, {"error": {"message": f"no {SECRET}"}})
 
-    assert tasks.refresh_due() == 1
+    assert sweeps.refresh_due() == 1
     assert timedelta(minutes=4) < later(mine) <= timedelta(minutes=5)
     assert "Mine" in caplog.text
     assert SECRET not in caplog.text
 
 
 def test_two_sweeps_at_once_ask_once(world: World, mine: Credential):
-    first, second = tasks._claim(), tasks._claim()
+    first, second = sweeps._claim(), sweeps._claim()
 
     assert (len(first), len(second)) == (1, 0)
 
 
 def test_a_new_secret_or_address_is_asked_soon(world: World, mine: Credential):
-    tasks.refresh_due()
+    sweeps.refresh_due()
     assert due() == []
     actions.replace_secret(mine, "another-secret")
     assert due() == [mine.pk]
 
-    tasks.refresh_due()
+    sweeps.refresh_due()
     actions.change_credential(mine, label="Only the label")
     assert due() == []
 
@@ -284,7 +376,7 @@ def test_many_are_asked_in_batches(world: World):
     for number in range(actions.ASKED_AT_ONCE * 2 + 1):
         add_credential("openai", f"No {number}", SECRET, base_url="http://llm.example.org/v1")
 
-    assert tasks.refresh_due() == len(world.asked) == actions.ASKED_AT_ONCE * 2 + 1
+    assert sweeps.refresh_due() == len(world.asked) == actions.ASKED_AT_ONCE * 2 + 1
     assert not Credential.objects.filter(models_refreshed_at=None).exists()
     assert not Credential.objects.exclude(state=State.ACTIVE).exists()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from providers import wire
-from providers.adapter import SameShape
+from providers.adapter import OpenAICompatible, SameShape, Shape, Target, shape_of
 from providers.failures import (
     ContextLength,
     InvalidAtUpstream,
@@ -19,7 +21,7 @@ from providers.failures import (
     UpstreamServer,
 )
 from providers.price import Tokens
-from providers.secrets import redact
+from providers.secrets import SecretText, redact
 
 
 def chunk(content: str | None = None, *, finish: str | None = None, **more: object) -> bytes:
@@ -200,8 +202,8 @@ def test_a_page_is_no_stream(page: bytes):
     assert out == b""
 
 
-def test_two_bad_events_are_skipped_and_three_are_not_a_stream():
-    bad = b"data: {nonsense\n\n"
+@pytest.mark.parametrize("bad", [b"data: {nonsense\n\n", b'data: {"choices":[{"text":"\xff"}]}\n\n'])
+def test_two_bad_events_are_skipped_and_three_are_not_a_stream(bad: bytes):
 
     _, out = read([bad, bad, chunk("a"), chunk(finish="stop"), wire.DONE])
     assert out == chunk("a") + chunk(finish="stop") + wire.DONE
@@ -221,7 +223,7 @@ def test_events_without_blank_lines_between_them_are_read_one_by_one():
     reader, out = read([glued + b"\n", wire.DONE])
 
     assert out == chunk("a") + chunk("b") + chunk(finish="stop") + wire.DONE
-    assert reader.events == 3
+    assert reader.events == 2
 
 
 def test_an_event_beyond_all_measure_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -261,7 +263,7 @@ def test_output_is_estimated_by_events_or_by_bytes():
     reader, _ = read([chunk("hi"), chunk(" there"), chunk(finish="stop"), wire.DONE])
     long, _ = read([chunk("x" * 4000), chunk(finish="stop"), wire.DONE])
 
-    assert reader.estimated_output() == 3
+    assert reader.estimated_output() == 2  # to say why it ends is no token
     assert long.estimated_output() == 1000
 
 
@@ -270,3 +272,68 @@ def test_an_invalid_request_in_a_200_is_the_clients_to_mend():
 
     assert isinstance(problem, InvalidAtUpstream)
     assert problem.param == "tools"
+
+
+def content(text: str) -> bytes:
+    value = {"id": "c", "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def shape() -> Shape:
+    found, _ = shape_of(content("x"), wire.decode_event(wire.data_of(content("x"))))
+    assert found is not None
+    return found
+
+
+def test_events_of_one_shape_are_known_without_a_look():
+    texts = ["one", "", 'a "quote"', "back\\slash", "ä\n\n"]
+    whole = b"".join(map(content, texts))
+
+    assert shape().events_in(whole) == len(texts)
+    assert len(whole) - len(texts) * shape().frame_bytes == sum(len(json.dumps(text)) - 2 for text in texts)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        wire.DONE,
+        b": a comment\n\n",
+        wire.event({"error": {"message": "boom"}}),
+        content("x").replace(b"null", b'"stop"'),
+        content("x").replace(b'"id"', b'"usage": {"prompt_tokens": 1}, "id"'),
+        content("x")[:-1],
+        content("x").replace(b"\n", b"\r\n"),
+        b"event: x\n" + content("x"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_event_of_another_shape_among_them_is_looked_at(odd: bytes, place: int):
+    events = [content("a"), content("b")]
+    events.insert(place, odd)
+    assert shape().events_in(b"".join(events)) == 0
+
+
+def test_usage_is_found_behind_many_events_of_one_shape_in_the_same_read():
+    events = [content("a")] * 50 + [wire.event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 50}}), wire.DONE]
+    reader = SameShape(drop_usage_event=True, says_done=True)
+    assert reader.feed(events[0]) == events[0]
+    assert reader.feed(b"".join(events[1:])) == b"".join([*events[1:50], wire.DONE])
+    assert (reader.tokens, reader.finished) == (Tokens(7, 0, 0, 50, 0), True)
+
+
+@pytest.mark.parametrize("sent_before", [[], [chunk("Hello")]])
+def test_a_callers_own_key_is_in_no_error_of_a_stream(sent_before: list[bytes]):
+    own = Target("openai", 1, "l", "https://api.example.org/v1", SecretText("Caller0wnW0rds"), "m", "openai/m", callers_key=True)
+    reader = SameShape(drop_usage_event=False, says_done=True, target=own)
+    with pytest.raises(UpstreamFailure) as raised:
+        for part in [*sent_before, wire.event({"error": {"message": "the key Caller0wnW0rds has no quota", "code": "quota"}})]:
+            reader.feed(part)
+    assert raised.value.message == "the key [redacted] has no quota"
+
+
+@pytest.mark.parametrize("length", [480, 490, 497])
+def test_a_callers_own_key_is_not_cut_in_two_before_it_is_looked_for(length: int):
+    own = Target("openai", 1, "l", "https://api.example.org/v1", SecretText("Caller0wnW0rds"), "m", "openai/m", callers_key=True)
+    body = wire.encode_json({"error": {"message": "x" * length + " Caller0wnW0rds is wrong"}})
+    problem = OpenAICompatible().failure(own, 400, {}, body)
+    assert "Call" not in problem.message

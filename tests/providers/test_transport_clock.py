@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from providers.clock import Clock, Timeouts
+from providers.clock import Clock, Overseer, Timeouts
 from tests.proxies.calls import QUICK, call, transport
 from tests.proxies.scripted import Peer, Script, origin
 
@@ -45,14 +45,13 @@ async def seconds_until_late(script: Script, timeouts: Timeouts = SHORT) -> tupl
     came = b""
     async with origin(script) as there, transport(timeouts=timeouts) as via:
         began = time.monotonic()
-        with pytest.raises(TimeoutError):
-            async with Clock(timeouts, asyncio.get_running_loop().time() + timeouts.total_seconds) as clock:
-                answer = await via.send(call(there.url), clock)
-                try:
-                    async for chunk in answer.chunks():
-                        came += chunk
-                finally:
-                    await answer.close()
+        with pytest.raises(TimeoutError), Clock(Overseer(timeouts), time.monotonic() + timeouts.total_seconds) as clock:
+            answer = await via.send(call(there.url), clock)
+            try:
+                async for chunk in answer.chunks():
+                    came += chunk
+            finally:
+                await answer.close()
         took = time.monotonic() - began
         for _ in range(20):  # the origin notices with its next byte but one
             await asyncio.sleep(0.05 * there.open)
@@ -99,44 +98,54 @@ async def test_our_own_slowness_is_not_the_upstreams():
         await peer.request()
         await peer.say(OK, b"1\r\nx\r\n", b"1\r\ny\r\n", b"0\r\n\r\n")
 
-    async with origin(script) as there, transport(timeouts=SHORT) as via, Clock(SHORT, asyncio.get_running_loop().time() + 5) as clock:
-        answer = await via.send(call(there.url), clock)
-        clock.busy()
-        came = b""
-        async for chunk in answer.chunks():
-            came += chunk
-            await asyncio.sleep(0.35)  # longer than first byte and idle
-        await answer.close()
+    async with origin(script) as there, transport(timeouts=SHORT) as via:
+        with Clock(Overseer(SHORT), time.monotonic() + 5) as clock:
+            answer = await via.send(call(there.url), clock)
+            clock.busy()
+            came = b""
+            async for chunk in answer.chunks():
+                came += chunk
+                await asyncio.sleep(0.35)  # longer than first byte and idle
+            await answer.close()
     assert came == b"xy"
 
 
-async def test_a_deadline_that_moves_away_costs_no_timer(monkeypatch: pytest.MonkeyPatch):
+async def test_many_clocks_and_deadlines_that_move_cost_one_timer(monkeypatch: pytest.MonkeyPatch):
     loop = asyncio.get_running_loop()
     set_timers: list[float] = []
-    call_at = loop.call_at
-    monkeypatch.setattr(loop, "call_at", lambda when, *rest, **named: (set_timers.append(when), call_at(when, *rest, **named))[1])
-    async with Clock(Timeouts(), loop.time() + 1800) as clock:
-        for _ in range(1000):
+    call_later = loop.call_later
+    monkeypatch.setattr(loop, "call_later", lambda delay, *rest: (set_timers.append(delay), call_later(delay, *rest))[1])
+    overseer = Overseer(Timeouts())
+    for _ in range(1000):
+        with Clock(overseer, loop.time() + 1800) as clock:
             clock.waiting()
             clock.busy()
-    assert len(set_timers) == 2  # the first byte's, and the shorter one of silence
+    assert len(set_timers) == 1
+    assert not overseer.clocks
+
+
+async def test_without_a_clock_nothing_ticks():
+    overseer = Overseer(SHORT)
+    with Clock(overseer, time.monotonic() + 5):
+        pass
+    await asyncio.sleep(0.1)
+    assert overseer._timer is None
 
 
 async def test_the_clock_goes_by_the_deadline_as_it_stands_when_the_alarm_rings():
     timeouts = replace(SHORT, first_byte_seconds=0.2, idle_seconds=0.3)
     loop = asyncio.get_running_loop()
     began = loop.time()
-    with pytest.raises(TimeoutError):
-        async with Clock(timeouts, began + 5) as clock:
-            await asyncio.sleep(0.15)
-            clock.waiting()
-            await asyncio.sleep(5)
+    with pytest.raises(TimeoutError), Clock(Overseer(timeouts), began + 5) as clock:
+        await asyncio.sleep(0.15)
+        clock.waiting()
+        await asyncio.sleep(5)
     assert 0.4 <= loop.time() - began < 1
 
 
 async def test_a_cancelled_attempt_is_cancelled_and_not_late():
     async def attempt() -> None:
-        async with Clock(SHORT, asyncio.get_running_loop().time() + 5):
+        with Clock(Overseer(SHORT), time.monotonic() + 5):
             await asyncio.sleep(5)
 
     task = asyncio.create_task(attempt())

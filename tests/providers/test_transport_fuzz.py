@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from providers.exchange import Unwatched, place_of
-from providers.http1 import PAUSE_ABOVE_BYTES, Connection
+from providers.http1 import PAUSE_ABOVE_BYTES, READ_BYTES, Connection
 
 OK = b"HTTP/1.1 200 OK\r\n"
 PLACE = place_of("http://a")[0]
@@ -63,7 +63,7 @@ class Home:
 async def outcome(parts: list[bytes], *, then: str = "eof") -> tuple[Any, ...]:
     """What a caller sees when an answer arrives in these parts and then the peer closes: status, headers, body or problem."""
     home, wire = Home(), Wire()
-    connection = Connection(PLACE, home)
+    connection = Connection(PLACE, home, memoryview(bytearray(READ_BYTES)))
     connection.connection_made(cast(asyncio.BaseTransport, wire))
 
     async def read() -> tuple[Any, ...]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Awaitable, Callable
 
 import httpx
 import pytest
 
-from providers.exchange import Answer
+from providers.exchange import Answer, Unwatched
+from providers.http1 import Connection
+from providers.over_httpx import OverHttpx
 from providers.pool import MOST_IDLE
 from providers.transport import PooledTransport
 from tests.proxies.calls import QUICK, call, fetch, send, settle, transport
@@ -24,6 +28,24 @@ def one_by_one(*scripts: Script) -> Script:
         await scripts[min(peer.number, len(scripts)) - 1](peer)
 
     return script
+
+
+async def test_a_connection_that_has_ended_does_not_wait_for_the_garbage_collector():
+    """One client in twenty that leaves early would otherwise be seen in the memory of a process that collects rarely."""
+    ended: list[weakref.ref[Connection]] = []
+    async with origin(answers(CHUNKED + b"5\r\nhello\r\n")) as there, transport() as via:  # and more to come
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                answer = await send(via, call(there.url))
+                ended.append(weakref.ref(answer._connection))
+                await answer.close()
+                del answer
+                await settle()
+            assert [one() for one in ended] == [None] * 5
+        finally:
+            gc.enable()
 
 
 # Kept
@@ -296,6 +318,49 @@ async def test_a_call_waits_for_a_connection_and_then_gives_up():
         assert await asyncio.gather(*tasks) == [(200, b"hello")] * 2
         assert await fetch(via, call(there.url)) == (200, b"hello")
         assert there.connections == 2
+
+
+async def test_only_so_many_wait_and_who_would_be_one_too_many_is_told_at_once():
+    slow = Slow()
+    async with origin(slow) as there, transport(most_connections=2, most_waiting=1) as via:
+        tasks = await taken(via, there, 2)
+        waiting = asyncio.create_task(fetch(via, call(there.url)))
+        await asyncio.sleep(0)
+        with pytest.raises(httpx.PoolTimeout, match="enough calls wait"):
+            await fetch(via, call(there.url))
+        slow.go.set()
+        assert await asyncio.gather(*tasks, waiting) == [(200, b"hello")] * 3
+
+
+async def test_the_busiest_origin_is_the_one_with_the_most_calls_those_that_wait_included():
+    slow = Slow()
+    async with origin(slow) as there, origin(Slow()) as other, transport(most_connections=2, most_waiting=1) as via:
+        assert via.most_calls() == 0
+        tasks = [*await taken(via, there, 2), *await taken(via, other, 1), asyncio.create_task(fetch(via, call(there.url)))]
+        await asyncio.sleep(0)
+        assert via.most_calls() == 3
+        slow.go.set()
+        await asyncio.gather(tasks[0], tasks[1], tasks[3])
+        assert via.most_calls() == 1  # what is kept free serves nobody
+        tasks[2].cancel()
+
+
+async def test_what_goes_over_httpx_has_a_bound_of_its_own():
+    answered = httpx.MockTransport(lambda request: httpx.Response(200, text="hello"))
+    broken = httpx.MockTransport(lambda request: httpx.Response(200, headers={"content-encoding": "zstd"}, stream=httpx.ByteStream(b"?")))
+    one = OverHttpx(answered, most_calls=1)
+    asked = call("http://somewhere.example")
+    first = await one.send(asked, Unwatched())
+    with pytest.raises(httpx.PoolTimeout):
+        await one.send(asked, Unwatched())
+    for _ in range(2):
+        await first.close()
+    second = await one.send(asked, Unwatched())
+    await second.close()
+    one = OverHttpx(broken, most_calls=1)
+    for _ in range(2):
+        with pytest.raises(httpx.DecodingError):
+            await one.send(asked, Unwatched())
 
 
 async def test_whoever_waits_first_is_served_first_and_by_the_same_connections():

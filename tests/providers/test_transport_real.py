@@ -16,6 +16,7 @@ import httpx
 import pytest
 import uvicorn
 
+from providers.egress import Egress, EgressRefused
 from tests.proxies.calls import call, fetch, send, transport
 from tests.proxies.certificates import Authority
 from tests.serving import eventually, free_port
@@ -32,9 +33,12 @@ http {{
     uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s; default_type text/plain;
     gzip on; gzip_types text/plain; gzip_min_length 100; keepalive_requests 20; keepalive_timeout 1s; client_max_body_size 1k;
     server {{
-        listen 127.0.0.1:{port}; listen 127.0.0.1:{tls_port} ssl;
+        listen 127.0.0.1:{port}; listen 127.0.0.1:{tls_port} ssl http2;
         ssl_certificate {folder}/server.pem; ssl_certificate_key {folder}/server.pem;
-        location /hello {{ add_header X-Requests $connection_requests; add_header X-Connection $connection; return 200 "hello"; }}
+        location /hello {{
+            add_header X-Requests $connection_requests; add_header X-Connection $connection; add_header X-Protocol $server_protocol;
+            return 200 "hello";
+        }}
         location /big {{ alias {folder}/big.txt; error_page 405 =200 /big; }}
         location /gone {{ return 444; }}
         location /moved {{ return 302 http://127.0.0.1:{port}/hello; }}
@@ -69,8 +73,8 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def get(url: str, path: str, **headers: str) -> Any:
-    return call(url, path, method="GET", body=b"", headers=headers, ca_pem=AUTHORITY.pem)
+def get(url: str, path: str, *, http2: bool = False, **headers: str) -> Any:
+    return call(url, path, method="GET", body=b"", headers=headers, ca_pem=AUTHORITY.pem, http2=http2)
 
 
 @pytest.mark.nginx
@@ -85,6 +89,26 @@ async def test_nginx_serves_many_calls_on_few_connections_and_ends_them_when_it_
             seen.add(answer.headers["x-connection"])
             await answer.close()
     assert len(seen) == 5
+
+
+@pytest.mark.nginx
+async def test_nginx_is_spoken_to_in_http2_where_the_account_says_so(nginx: dict[str, Any]):
+    """And nobody else's connections change with it, although both begin at the same authorities."""
+    async with transport() as via:
+        for http2, protocol in ((True, "HTTP/2.0"), (False, "HTTP/1.1"), (True, "HTTP/2.0")):
+            answer = await send(via, get(nginx["https"], "/hello", http2=http2))
+            assert (answer.status, await answer.read(100), answer.headers["x-protocol"]) == (200, b"hello", protocol)
+            await answer.close()
+        answer = await send(via, get(nginx["http"], "/hello", http2=True))  # nothing to agree on without TLS
+        assert (await answer.read(100), answer.headers["x-protocol"]) == (b"hello", "HTTP/1.1")
+        await answer.close()
+
+
+@pytest.mark.nginx
+async def test_http2_is_spoken_only_to_addresses_that_may_be_reached(nginx: dict[str, Any]):
+    async with transport(egress=Egress()) as via:
+        with pytest.raises(EgressRefused):
+            await send(via, get(nginx["https"], "/hello", http2=True))
 
 
 @pytest.mark.nginx

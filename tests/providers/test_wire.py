@@ -115,3 +115,11 @@ def test_the_parts_never_exceed_the_whole(prompt: int | None, done: int | None, 
             assert tokens.input == max(0, prompt)
         if done is not None:
             assert tokens.all_output == max(0, done)
+
+
+@pytest.mark.parametrize("spelling", ["prompt_cache_hit_tokens", "cached_tokens"])
+def test_cached_tokens_stand_elsewhere_with_some_vendors(spelling: str):
+    usage = wire.decode_event(wire.encode_json({"usage": {"prompt_tokens": 10, "completion_tokens": 2, spelling: 4}})).usage
+
+    assert usage is not None
+    assert usage.tokens() == Tokens(fresh_input=6, cache_read=4, output=2)

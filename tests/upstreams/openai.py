@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from email.utils import formatdate
 from typing import Any, ClassVar
 
+from tests.upstreams import CAPABILITIES, Offer
 from tests.upstreams.kit import CREATED, Bill, Call, Simulator, Step, compact, replace, words
 
 Json = dict[str, Any]
@@ -41,29 +42,29 @@ MODELS = (
 _COMMON = "model user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention moderation"
 
 
-def _names(text: str) -> frozenset[str]:
+def names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
 FIELDS: dict[str, frozenset[str]] = {
-    "chat/completions": _names(
+    "chat/completions": names(
         f"{_COMMON} messages audio frequency_penalty presence_penalty function_call functions logit_bias logprobs top_logprobs "
         "max_completion_tokens max_tokens modalities n parallel_tool_calls prediction reasoning_effort response_format seed stop "
         "stream stream_options temperature top_p tools tool_choice verbosity web_search_options"
     ),
-    "completions": _names(
+    "completions": names(
         f"{_COMMON} prompt best_of echo frequency_penalty presence_penalty logit_bias logprobs max_tokens n seed stop stream "
         "stream_options suffix temperature top_p"
     ),
-    "embeddings": _names("input model encoding_format dimensions user"),
-    "moderations": _names("input model"),
-    "rerank": _names("model query documents top_n return_documents"),
-    "images/generations": _names(
+    "embeddings": names("input model encoding_format dimensions user"),
+    "moderations": names("input model"),
+    "rerank": names("model query documents top_n return_documents"),
+    "images/generations": names(
         "prompt model n size quality response_format output_format output_compression background moderation style stream "
         "partial_images user"
     ),
-    "audio/speech": _names("model input voice instructions response_format speed stream_format"),
-    "responses": _names(
+    "audio/speech": names("model input voice instructions response_format speed stream_format"),
+    "responses": names(
         f"{_COMMON} input instructions background context_management conversation include max_output_tokens max_tool_calls "
         "parallel_tool_calls previous_response_id prompt reasoning stream stream_options temperature text tool_choice tools "
         "top_logprobs top_p truncation"
@@ -225,7 +226,7 @@ class OpenAIUpstream(Simulator):
     # Chat
 
     async def _chat(self, call: Call, body: Json, step: Step) -> None:
-        text, reasoning, tool_calls = _what_to_say(body, step)
+        text, reasoning, tool_calls = what_to_say(body, step)
         usage = dict(step.usage or _usage(_chat_input(body), text, reasoning, tool_calls, cached=step.scenario == "cached"))
         bill = self.charge(call.seen, input_tokens=usage.get("prompt_tokens", 0))
         finish = step.finish_reason or ("tool_calls" if tool_calls else "length" if step.scenario == "length" else "stop")
@@ -500,7 +501,7 @@ def _chat_input(body: Json) -> str:
     return " ".join(_text_of(message.get("content")) for message in body["messages"])
 
 
-def _what_to_say(body: Json, step: Step) -> tuple[str, str, list[Json]]:
+def what_to_say(body: Json, step: Step) -> tuple[str, str, list[Json]]:
     """(text, reasoning, tool calls)"""
     asked = next((_text_of(message.get("content")) for message in reversed(body["messages"]) if message.get("role") == "user"), "")
     calls = [dict(one) for one in step.tool_calls]
@@ -643,4 +644,6 @@ def _response_object(made_id: str, body: Json) -> Json:
     }
 
 
-__all__ = ["DONE", "OpenAIUpstream", "Step", "sse"]
+OFFER = Offer(kind="openai", simulator=OpenAIUpstream, model="gpt-4o", can=frozenset(CAPABILITIES))
+
+__all__ = ["DONE", "OFFER", "OpenAIUpstream", "Refused", "Step", "names", "pieces", "sse", "what_to_say"]

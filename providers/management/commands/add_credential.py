@@ -2,80 +2,66 @@
 
 from __future__ import annotations
 
+import argparse
 import getpass
 import sys
 from typing import Any
 
 from django.core.exceptions import ValidationError
-from django.core.management.base import BaseCommand, CommandError, CommandParser
-from django.db.models import Model
+from django.core.management.base import BaseCommand, CommandError, CommandParser, DjangoHelpFormatter
 
-from providers import registry
+from providers import given, registry
 from providers.actions import add_credential
-from providers.models import Credential
+from providers.management import options as account_options
 
 LONGEST_SECRET = 1 << 20
 
 
+class Help(DjangoHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the list of kinds."""
+
+
 class Command(BaseCommand):
-    help = "Adds an upstream account and prints its id. Calls nobody. The secret comes on standard input, never as an argument."
+    help = (
+        "Adds an upstream account and prints its id. Calls nobody. The secret, or the credential file of the vendor's own tool, comes on "
+        "standard input, never as an argument."
+    )
 
     def add_arguments(self, parser: CommandParser) -> None:
+        parser.formatter_class = Help
+        parser.epilog = kinds_in_words()
         parser.add_argument("kind", choices=registry.names())
-        parser.add_argument("--label", required=True, help="its name in lists, such as 'Team account'")
-        parser.add_argument("--prefix", help="public model ids are PREFIX/model; default: the kind")
-        parser.add_argument("--base-url", default="", help="default: the vendor's own")
-        parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting; may be repeated")
-        parser.add_argument("--weight", type=int, default=1, help="its share of the requests in its pool")
-        parser.add_argument("--priority", type=int, default=0, help="higher goes first")
-        parser.add_argument("--organization", metavar="SLUG", help="for this organization alone; default: shared by all")
-        parser.add_argument("--accept-policy", action="store_true", help="I know what the vendor's terms say of this kind")
+        account_options.add(parser)
         parser.add_argument("--secret-stdin", action="store_true", help="read the secret from standard input")
 
     def handle(self, *args: Any, kind: str, **options: Any) -> None:
         try:
-            credential = add_credential(
-                kind,
-                options["label"],
-                _secret(kind) if options["secret_stdin"] else "",
-                prefix=options["prefix"],
-                base_url=options["base_url"],
-                settings=_settings(options["set"]),
-                weight=options["weight"],
-                priority=options["priority"],
-                organization=_organization(options["organization"]),
-                accept_policy=options["accept_policy"],
-            )
+            secret = _secret(kind) if options["secret_stdin"] else ""
+            credential = add_credential(kind, options["label"], secret, **account_options.read(options))
         except ValidationError as problem:
             words = " ".join(problem.messages)
             if "secret" in problem.message_dict and not options["secret_stdin"]:
                 words += " Give it on standard input, with --secret-stdin."
+            if "accept_policy" in problem.message_dict:
+                words += " (--accept-policy)"
             raise CommandError(words) from None
         self.stdout.write(str(credential.pk))
+
+
+def kinds_in_words() -> str:
+    """The end of the help: every kind, its settings, and what its vendor's terms say."""
+    lines = ["kinds:"]
+    for name in registry.names():
+        adapter = registry.adapter(name)
+        known = f"; settings: {', '.join(sorted(adapter.settings))}" if adapter.settings else ""
+        lines.append(f"  {name:<14} {adapter.title or name}{known}")
+        if terms := given.policy_in_words(adapter, {}):
+            needs = " Needs --accept-policy." if adapter.policy_for({}) != "allowed" else ""
+            lines.append(f"  {'':<14} {terms}{needs}")
+    return "\n".join([*lines, "", f"settings of every kind: {', '.join(sorted(given.EVERY_KIND))}"])
 
 
 def _secret(kind: str) -> str:
     if sys.stdin.isatty():
         return getpass.getpass(f"Secret of the {kind} account: ")
     return sys.stdin.read(LONGEST_SECRET)
-
-
-def _settings(pairs: list[str]) -> dict[str, object]:
-    settings: dict[str, object] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise CommandError(f"--set {pair}: write it as name=value.")
-        settings[name.strip()] = value
-    return settings
-
-
-def _organization(slug: str | None) -> Model | None:
-    if slug is None:
-        return None
-    model = Credential._meta.get_field("organization").related_model
-    assert isinstance(model, type)
-    found = model._default_manager.filter(slug=slug).first()
-    if found is None:
-        raise CommandError(f"There is no organization '{slug}'.")
-    return found
