@@ -21,11 +21,13 @@ from django.utils import timezone
 from accounts import policy
 from accounts.models import ApiKey, AuditEntry, Limit, Membership, Organization, Role, Team, User, changed
 from accounts.policy import Allowance
-from accounts.principal import digest, mint
+from accounts.principal import LONGEST_KEY, STRONG_LENGTH, digest, mint
 
 DEFAULT_ORGANIZATION = "default"
+DEFAULT_EMAIL = "admin@example.com"  # of the operator, where nobody named one
 OVERLAP = timedelta(hours=24)
 LONGEST_OVERLAP = timedelta(days=30)
+LENT = "sluice-check"  # the tag of a key that the deployment lends itself
 
 # What the outside calls a field, where the column has another name.
 _COLUMNS = {"models": "allowed_models", "networks": "allowed_networks"}
@@ -169,6 +171,30 @@ def issue_key(
 
 
 @transaction.atomic
+def import_key(*, organization: Organization, user: User, name: str, clear: str, actor: User | None = None) -> tuple[ApiKey, bool]:
+    """Let a key that was issued elsewhere go on working as it is, and whether that is new: a key that is known already,
+    in whatever state and whoever's, stays as it is. Raises ValidationError."""
+    if not (0 < len(clear) <= LONGEST_KEY and clear.isascii() and clear.isprintable() and clear == clear.strip()):
+        raise ValidationError({"key": f"A key is one line of 1 to {LONGEST_KEY} plain characters: no header can carry this one."})
+    peppers = settings.KEYRING.keys("pepper")
+    known = ApiKey.objects.filter(digest__in=[digest(pepper, clear) for pepper in peppers.values()]).first()
+    if known is not None:
+        return known, False
+    check_holder(organization, user)
+    pepper_id, pepper = next(iter(peppers.items()))
+    key = ApiKey.objects.create(
+        organization=organization,
+        user=user,
+        name=policy.clean_name(name),
+        digest=digest(pepper, clear),
+        pepper_id=pepper_id,
+        last_four=clear[-4:] if len(clear) >= STRONG_LENGTH else "",  # of a short one that would be a good part
+    )
+    record(actor, organization, "key.imported", subject_of(key), user=user.email, weak=len(clear) < STRONG_LENGTH)
+    return key, True
+
+
+@transaction.atomic
 def change_key(key: ApiKey, *, actor: User | None = None, **changes: Any) -> None:
     """Change what is given of name, models, networks, tags, expires_at, limits (all of the key's own limits) and team.
 
@@ -227,6 +253,8 @@ def rotate_key(key: ApiKey, *, overlap: timedelta = OVERLAP, actor: User | None 
         allowed_networks=old.allowed_networks,
         tags=old.tags,
         expires_at=old.expires_at,
+        frozen_until=old.frozen_until,
+        frozen_reason=old.frozen_reason,
     )
     ends = min(now + overlap, old.expires_at or now + overlap)
     claimed = ApiKey.objects.filter(Q(expires_at=None) | Q(expires_at__gt=now), pk=old.pk, replaced_by=None, revoked_at=None).update(
@@ -239,6 +267,33 @@ def rotate_key(key: ApiKey, *, overlap: timedelta = OVERLAP, actor: User | None 
     key.replaced_by, key.expires_at = sibling, ends
     record(actor, old.organization, "key.rotated", subject_of(old), new_key=sibling.pk, old_key_ends=ends.isoformat())
     return sibling, clear
+
+
+@transaction.atomic
+def lend_key(organization: Organization, user: User, name: str, *, models: Iterable[str], lasts: timedelta) -> str:
+    """A key for a check of the deployment itself: one row, whose key is minted anew each time and soon expires. The clear text.
+
+    Raises ValidationError."""
+    cleaned = policy.clean(name=name, models=models, expires_at=timezone.now() + lasts)
+    check_holder(organization, user)
+    clear, handle = mint()
+    pepper_id, pepper = next(iter(settings.KEYRING.keys("pepper").items()))
+    ApiKey.objects.update_or_create(
+        organization=organization,
+        user=user,
+        name=cleaned["name"],
+        tags=[LENT],
+        defaults={
+            "handle": handle,
+            "digest": digest(pepper, clear),
+            "pepper_id": pepper_id,
+            "last_four": clear[-4:],
+            "allowed_models": cleaned["models"],
+            "expires_at": cleaned["expires_at"],
+        },
+    )
+    record(None, organization, "key.lent", name, user=user.email, expires_at=cleaned["expires_at"].isoformat())
+    return clear
 
 
 def check_holder(organization: Organization, user: User, team: Team | None = None) -> None:
@@ -279,6 +334,48 @@ def _as_json(cleaned: dict[str, Any]) -> dict[str, Any]:
     if "limits" in said:
         said["limits"] = [str(one) for one in said["limits"]]
     return said
+
+
+# Freezing
+
+
+@transaction.atomic
+def freeze(thing: Organization | Team | ApiKey, *, length: timedelta, reason: str = "", actor: User | None = None) -> datetime:
+    """Nobody below it calls a model for so long; calls that run go on, unless `CUT_REVOKED_CALLS` is set. When that ends.
+
+    Raises ValidationError."""
+    policy.clean_freeze(length, reason)
+    until = timezone.now() + length
+    _set_frozen(thing, until, reason.strip())
+    record(actor, _organization_of(thing), f"{_kind_of(thing)}.frozen", _named(thing), until=until.isoformat(), reason=reason.strip())
+    return until
+
+
+@transaction.atomic
+def thaw(thing: Organization | Team | ApiKey, *, actor: User | None = None) -> bool:
+    """False when it was not frozen."""
+    if not thing.is_frozen:
+        return False
+    _set_frozen(thing, None, "")
+    record(actor, _organization_of(thing), f"{_kind_of(thing)}.thawed", _named(thing))
+    return True
+
+
+def _set_frozen(thing: Organization | Team | ApiKey, until: datetime | None, reason: str) -> None:
+    thing.frozen_until, thing.frozen_reason = until, reason
+    thing.save(update_fields=["frozen_until", "frozen_reason"])
+
+
+def _organization_of(thing: Organization | Team | ApiKey) -> Organization:
+    return thing if isinstance(thing, Organization) else thing.organization
+
+
+def _kind_of(thing: Organization | Team | ApiKey) -> str:
+    return "key" if isinstance(thing, ApiKey) else type(thing).__name__.lower()
+
+
+def _named(thing: Organization | Team | ApiKey) -> str:
+    return subject_of(thing) if isinstance(thing, ApiKey) else str(thing)
 
 
 # Limits

@@ -65,6 +65,32 @@ class Audited(ModelAdmin):
         actions.record(_operator(request), organization, f"{self.audit_name}.{deed}", str(obj), **detail)
 
 
+class Freezes(ModelAdmin):
+    """Freeze and thaw what is chosen in a list; another length, and a reason, go over the API."""
+
+    freezing = ("frozen_until", "frozen_reason")
+
+    def get_actions(self, request: HttpRequest) -> Any:
+        found = super().get_actions(request)
+        for name, words, length in (("hour", "an hour", timedelta(hours=1)), ("day", "a day", timedelta(days=1))):
+            found[f"freeze_for_{name}"] = (self._freezing(length), f"freeze_for_{name}", f"Freeze for {words}")
+        found["thaw_chosen"] = (type(self)._thaw, "thaw_chosen", "Thaw")
+        return found
+
+    def _freezing(self, length: timedelta) -> Callable[..., None]:
+        def freeze(self: Freezes, request: HttpRequest, queryset: QuerySet[Any]) -> None:
+            for thing in queryset:
+                until = actions.freeze(thing, length=length, actor=_operator(request))
+                self.message_user(request, f"{thing} is frozen until {until:%Y-%m-%d %H:%M} UTC.", messages.SUCCESS)
+
+        return freeze
+
+    def _thaw(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
+        for thing in queryset:
+            if actions.thaw(thing, actor=_operator(request)):
+                self.message_user(request, f"{thing} may call models again.", messages.SUCCESS)
+
+
 class NeverDeleted:
     """What the usage log and the audit refer to is switched off or revoked, never deleted."""
 
@@ -140,10 +166,10 @@ class UserAdmin(NeverDeleted, Audited, DjangosUserAdmin):
 
 
 @admin.register(Organization)
-class OrganizationAdmin(Audited):
+class OrganizationAdmin(Freezes, Audited):
     audit_name = "organization"
-    fields = ("name", "slug", "time_zone", "is_active", "created_at")
-    readonly_fields = ("created_at",)
+    fields = ("name", "slug", "time_zone", "is_active", "created_at", *Freezes.freezing)
+    readonly_fields = ("created_at", *Freezes.freezing)
     prepopulated_fields = {"slug": ("name",)}
     list_display = ("name", "slug", "time_zone", "is_active", "created_at")
     list_filter = ("is_active",)
@@ -155,9 +181,9 @@ class OrganizationAdmin(Audited):
 
 
 @admin.register(Team)
-class TeamAdmin(Audited):
+class TeamAdmin(Freezes, Audited):
     audit_name = "team"
-    fields = ("organization", "name")
+    fields = ("organization", "name", *Freezes.freezing)
     list_display = ("name", "organization")
     list_select_related = ("organization",)
     list_filter = ("organization",)
@@ -165,7 +191,7 @@ class TeamAdmin(Audited):
     ordering = ("organization__name", "name")
 
     def get_readonly_fields(self, request: HttpRequest, obj: Team | None = None) -> tuple[str, ...]:
-        return ("organization",) if obj else ()
+        return ("organization", *self.freezing) if obj else self.freezing
 
 
 class MembershipForm(forms.ModelForm):
@@ -254,7 +280,7 @@ class RotationForm(forms.Form):
 
 
 @admin.register(ApiKey)
-class ApiKeyAdmin(NeverDeleted, Audited):
+class ApiKeyAdmin(NeverDeleted, Freezes, Audited):
     audit_name = "key"
     form = KeyForm
     autocomplete_fields = ("user", "team")
@@ -265,7 +291,7 @@ class ApiKeyAdmin(NeverDeleted, Audited):
     fieldsets = (
         (None, {"fields": ("name", "hint", "state", "organization", "user", "team")}),
         ("What it may do", {"fields": ("models", "networks", "expires_at", "tags", "its_limits")}),
-        ("Dates", {"fields": ("created_at", "last_used_at", "revoked_at", "replaced_by")}),
+        ("Dates", {"fields": ("created_at", "last_used_at", "revoked_at", "replaced_by", *Freezes.freezing)}),
     )
     list_display = ("name", "hint", "state_label", "organization", "user", "last_used_at", "expires_at")
     list_select_related = ("organization", "user")
@@ -276,10 +302,12 @@ class ApiKeyAdmin(NeverDeleted, Audited):
     actions_detail = ("rotate", "revoke")
 
     def get_readonly_fields(self, request: HttpRequest, obj: ApiKey | None = None) -> tuple[str, ...]:
-        always = ("hint", "state", "its_limits", "created_at", "last_used_at", "revoked_at", "replaced_by")
+        always = ("hint", "state", "its_limits", "created_at", "last_used_at", "revoked_at", "replaced_by", *self.freezing)
         return ("organization", "user", *always) if obj else always
 
-    @display(description="state", label={"active": "success", "retiring": "warning", "expired": "default", "revoked": "danger"})
+    @display(
+        description="state", label={"active": "success", "retiring": "warning", "frozen": "info", "expired": "default", "revoked": "danger"}
+    )
     def state_label(self, key: ApiKey) -> str:
         return key.state
 

@@ -18,7 +18,7 @@ from ninja.responses import Status
 from pydantic import ConfigDict
 
 from accounts import actions, policy, queries
-from accounts.models import ApiKey, Membership, Role, Team, User
+from accounts.models import ApiKey, Membership, Organization, Role, Team, User
 from accounts.policy import Allowance
 
 router = Router(tags=["keys"])
@@ -79,10 +79,35 @@ class Rotation(Schema):
     overlap_hours: Annotated[float, Field(ge=0, le=actions.LONGEST_OVERLAP / timedelta(hours=1), allow_inf_nan=False)] = 24
 
 
+class Freeze(Schema):
+    model_config = ConfigDict(extra="forbid")
+
+    minutes: Annotated[float, Field(gt=0, le=366 * 24 * 60, allow_inf_nan=False)]
+    reason: Annotated[str, Field(max_length=200)] = ""
+
+
+class FreezeOrganization(Freeze):
+    """With `team`, the name of one of its teams, that team alone."""
+
+    team: Annotated[str, Field(max_length=150)] | None = None
+
+
+class ThawOrganization(Schema):
+    model_config = ConfigDict(extra="forbid")
+
+    team: Annotated[str, Field(max_length=150)] | None = None
+
+
+class Frozen(Schema):
+    frozen_until: datetime | None
+    frozen_reason: str
+
+
 class KeyOut(Schema):
     id: int
     name: str
     hint: str
+    imported: bool
     state: str
     user: str
     team: str | None
@@ -95,6 +120,8 @@ class KeyOut(Schema):
     expires_at: datetime | None
     revoked_at: datetime | None
     replaced_by: int | None
+    frozen_until: datetime | None
+    frozen_reason: str
 
 
 class IssuedKey(KeyOut):
@@ -189,6 +216,47 @@ def rotate_key(request: HttpRequest, slug: str, key_id: int, body: Rotation) -> 
     return Status(201, {**_shown(sibling), "key": clear})
 
 
+@router.post("/organizations/{slug:slug}/keys/{int:key_id}/freeze", response=KeyOut, summary="Let a key rest for a time")
+def freeze_key(request: HttpRequest, slug: str, key_id: int, body: Freeze) -> dict[str, Any]:
+    place = _place(request, slug)
+    key = queries.key_of(place, key_id)
+    actions.freeze(key, length=timedelta(minutes=body.minutes), reason=body.reason, actor=_manager(place))
+    return _shown(queries.key_of(place, key_id))
+
+
+@router.post("/organizations/{slug:slug}/keys/{int:key_id}/thaw", response=KeyOut, summary="End a key's rest")
+def thaw_key(request: HttpRequest, slug: str, key_id: int) -> dict[str, Any]:
+    place = _place(request, slug)
+    key = queries.key_of(place, key_id)
+    actions.thaw(key, actor=_manager(place))
+    return _shown(queries.key_of(place, key_id))
+
+
+@router.post("/organizations/{slug:slug}/freeze", response=Frozen, summary="Let an organization, or one team of it, rest for a time")
+def freeze_organization(request: HttpRequest, slug: str, body: FreezeOrganization) -> Organization | Team:
+    place = _place(request, slug)
+    actor = _manager(place)
+    thing = _team(place, body.team) or place.organization
+    actions.freeze(thing, length=timedelta(minutes=body.minutes), reason=body.reason, actor=actor)
+    return thing
+
+
+@router.post("/organizations/{slug:slug}/thaw", response=Frozen, summary="End its rest")
+def thaw_organization(request: HttpRequest, slug: str, body: ThawOrganization) -> Organization | Team:
+    place = _place(request, slug)
+    actor = _manager(place)
+    thing = _team(place, body.team) or place.organization
+    actions.thaw(thing, actor=actor)
+    return thing
+
+
+def _manager(place: Membership) -> User:
+    """Whoever may freeze: one who was frozen must not be able to end it."""
+    if not place.manages:
+        raise AuthorizationError(message="Only an owner or admin may freeze and thaw.")
+    return place.user
+
+
 def _caller(request: HttpRequest) -> User:
     assert isinstance(request.user, User), "the API lets nobody in who is not signed in"
     return request.user
@@ -237,6 +305,7 @@ def _shown(key: ApiKey) -> dict[str, Any]:
         "id": key.pk,
         "name": key.name,
         "hint": key.hint,
+        "imported": key.is_imported,
         "state": key.state,
         "user": key.user.email,
         "team": key.team.name if key.team else None,
@@ -251,4 +320,6 @@ def _shown(key: ApiKey) -> dict[str, Any]:
         "expires_at": key.expires_at,
         "revoked_at": key.revoked_at,
         "replaced_by": key.replaced_by_id,
+        "frozen_until": key.frozen_until if key.is_frozen else None,
+        "frozen_reason": key.frozen_reason if key.is_frozen else "",
     }

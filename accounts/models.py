@@ -64,7 +64,21 @@ class User(AbstractBaseUser, PermissionsMixin):
         self.email = self.email.lower()
 
 
-class Organization(models.Model):
+class Freezable(models.Model):
+    """May be frozen by hand: until that moment nobody below it calls a model, and then it thaws by itself."""
+
+    frozen_until = models.DateTimeField(null=True, blank=True, editable=False)
+    frozen_reason = models.CharField(max_length=200, blank=True, editable=False)
+
+    class Meta:
+        abstract = True
+
+    @property
+    def is_frozen(self) -> bool:
+        return self.frozen_until is not None and self.frozen_until > timezone.now()
+
+
+class Organization(Freezable):
     slug = models.SlugField(unique=True)
     name = models.CharField(max_length=150)
     time_zone = models.CharField(max_length=64, default="UTC", help_text="In which days, weeks and months of money begin.")
@@ -83,7 +97,7 @@ class Organization(models.Model):
             raise ValidationError({"time_zone": f"There is no time zone named '{self.time_zone}'."}) from None
 
 
-class Team(models.Model):
+class Team(Freezable):
     organization = models.ForeignKey(Organization, on_delete=models.CASCADE, related_name="teams")
     name = models.CharField(max_length=150)
 
@@ -121,7 +135,7 @@ class Membership(models.Model):
         return self.role in {Role.OWNER, Role.ADMIN}
 
 
-class ApiKey(models.Model):
+class ApiKey(Freezable):
     """An issued key. The key itself is shown once; what stays is its digest, its id and its last four characters."""
 
     organization = models.ForeignKey(Organization, on_delete=models.PROTECT, related_name="keys")
@@ -151,17 +165,26 @@ class ApiKey(models.Model):
         return f"{self.name} ({self.hint})"
 
     @property
+    def is_imported(self) -> bool:
+        """It was issued elsewhere and works as it was given: it has no id, and is found by its digest alone."""
+        return self.handle is None
+
+    @property
     def hint(self) -> str:
         """Enough to recognize the key by: its prefix and last four characters."""
-        return f"{PREFIX}{self.handle}…{self.last_four}" if self.handle else f"…{self.last_four}"
+        if self.handle:
+            return f"{PREFIX}{self.handle}…{self.last_four}"
+        return f"imported …{self.last_four}" if self.last_four else "imported"
 
     @property
     def state(self) -> str:
-        """active, revoked, expired, or `retiring` while a rotated key's overlap runs."""
+        """active, revoked, expired, frozen, or `retiring` while a rotated key's overlap runs."""
         if self.revoked_at is not None:
             return "revoked"
         if self.expires_at is not None and self.expires_at <= timezone.now():
             return "expired"
+        if self.is_frozen:
+            return "frozen"
         return "retiring" if self.replaced_by_id else "active"
 
 
@@ -249,3 +272,19 @@ class AuditEntry(models.Model):
 
     def __str__(self) -> str:
         return f"{self.action} {self.subject}"
+
+
+class Notice(models.Model):
+    """Something that operators are told of by mail: once for as long as it lasts. See accounts/notices.py."""
+
+    event = models.CharField(max_length=40)  # "credential.needs_reauth"
+    subject = models.CharField(max_length=200)  # which one: "credential 7"
+    seen_at = models.DateTimeField()  # it was so then
+    tried_at = models.DateTimeField()  # a process took it on to send the mail
+    mailed_at = models.DateTimeField(null=True)
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["event", "subject"], name="one_notice_per_event_and_subject")]
+
+    def __str__(self) -> str:
+        return f"{self.event} {self.subject}"

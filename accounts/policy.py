@@ -153,6 +153,16 @@ def clean_allowances(allowances: Iterable[Allowance]) -> list[Allowance]:
     return cleaned
 
 
+LONGEST_FREEZE = timedelta(days=365)
+
+
+def clean_freeze(length: timedelta, reason: str) -> None:
+    if not timedelta(0) < length <= LONGEST_FREEZE:
+        raise ValidationError({"minutes": f"A freeze lasts for more than nothing and for at most {LONGEST_FREEZE.days} days."})
+    if len(reason.strip()) > 200 or not reason.isprintable():
+        raise ValidationError({"reason": "A reason has at most 200 printable characters."})
+
+
 def widened(key: ApiKey, limits: Iterable[Allowance], changes: Mapping[str, Any]) -> list[str]:
     """The fields in which these (cleaned) changes would let the key do more than it may now."""
     wider = []

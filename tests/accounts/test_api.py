@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,29 +18,103 @@ from accounts.models import ApiKey, AuditEntry, Limit, Role, Team, User
 from accounts.policy import Allowance
 from accounts.principal import is_plausible
 from project.api import api
+from providers.actions import add_credential
+from providers.models import Credential
+from proxy.models import Route
+from proxy.routes import Leads, create_route
 from tests.accounts.conftest import People
 
+# The credential and the alias of a route are Acme's own in an organization's paths, and shared in the others.
 ROLES = ("anonymous", "suspended", "stranger", "viewer", "colleague", "holder", "admin", "owner", "operator")
+
+SECRET = "sk-live-0123456789abcdef0123456789"
 
 # Route -> what each role gets. The key of the route is Bob's: he is the holder, and his colleague is a member as he is.
 TABLE: dict[tuple[str, str], tuple[int, ...]] = {
     ("GET", "/organizations"): (401, 401, 200, 200, 200, 200, 200, 200, 200),
     ("GET", "/organizations/{slug}/keys"): (401, 401, 404, 200, 200, 200, 200, 200, 200),
-    ("POST", "/organizations/{slug}/keys"): (401, 401, 404, 403, 201, 201, 201, 201, 422),
+    ("POST", "/organizations/{slug}/keys"): (401, 401, 404, 403, 201, 201, 201, 201, 400),
     ("GET", "/organizations/{slug}/keys/{key_id}"): (401, 401, 404, 200, 404, 200, 200, 200, 200),
     ("PATCH", "/organizations/{slug}/keys/{key_id}"): (401, 401, 404, 403, 404, 200, 200, 200, 200),
     ("POST", "/organizations/{slug}/keys/{key_id}/revoke"): (401, 401, 404, 403, 404, 200, 200, 200, 200),
     ("POST", "/organizations/{slug}/keys/{key_id}/rotate"): (401, 401, 404, 403, 404, 201, 201, 201, 201),
+    ("POST", "/organizations/{slug}/keys/{key_id}/freeze"): (401, 401, 404, 403, 404, 403, 200, 200, 200),
+    ("POST", "/organizations/{slug}/keys/{key_id}/thaw"): (401, 401, 404, 403, 404, 403, 200, 200, 200),
+    ("POST", "/organizations/{slug}/freeze"): (401, 401, 404, 403, 403, 403, 200, 200, 200),
+    ("POST", "/organizations/{slug}/thaw"): (401, 401, 404, 403, 403, 403, 200, 200, 200),
+    ("POST", "/credentials/freeze"): (401, 401, 403, 403, 403, 403, 403, 403, 200),
+    ("POST", "/credentials/thaw"): (401, 401, 403, 403, 403, 403, 403, 403, 200),
+    ("POST", "/models/freeze"): (401, 401, 403, 403, 403, 403, 403, 403, 200),
+    ("POST", "/models/thaw"): (401, 401, 403, 403, 403, 403, 403, 403, 200),
     ("GET", "/organizations/{slug}/usage"): (401, 401, 404, 200, 200, 200, 200, 200, 200),
     ("GET", "/organizations/{slug}/keys/{key_id}/usage"): (401, 401, 404, 200, 404, 200, 200, 200, 200),
     ("GET", "/organizations/{slug}/keys/{key_id}/requests"): (401, 401, 404, 200, 404, 200, 200, 200, 200),
+    ("GET", "/"): (401, 401, 200, 200, 200, 200, 200, 200, 200),
+    ("GET", "/kinds"): (401, 401, 200, 200, 200, 200, 200, 200, 200),
+    ("GET", "/credentials"): (401, 401, 403, 403, 403, 403, 403, 403, 200),
+    ("POST", "/credentials"): (401, 401, 403, 403, 403, 403, 403, 403, 201),
+    ("GET", "/credentials/{credential_id}"): (401, 401, 403, 403, 403, 403, 403, 403, 200),
+    ("PATCH", "/credentials/{credential_id}"): (401, 401, 403, 403, 403, 403, 403, 403, 200),
+    ("GET", "/organizations/{slug}/credentials"): (401, 401, 404, 403, 403, 403, 200, 200, 200),
+    ("POST", "/organizations/{slug}/credentials"): (401, 401, 404, 403, 403, 403, 201, 201, 201),
+    ("GET", "/organizations/{slug}/credentials/{credential_id}"): (401, 401, 404, 403, 403, 403, 200, 200, 200),
+    ("PATCH", "/organizations/{slug}/credentials/{credential_id}"): (401, 401, 404, 403, 403, 403, 200, 200, 200),
+    ("GET", "/routes"): (401, 401, 403, 403, 403, 403, 403, 403, 200),
+    ("POST", "/routes"): (401, 401, 403, 403, 403, 403, 403, 403, 201),
+    ("PATCH", "/routes/{route_id}"): (401, 401, 403, 403, 403, 403, 403, 403, 200),
+    ("DELETE", "/routes/{route_id}"): (401, 401, 403, 403, 403, 403, 403, 403, 204),
+    ("GET", "/organizations/{slug}/routes"): (401, 401, 404, 200, 200, 200, 200, 200, 200),
+    ("POST", "/organizations/{slug}/routes"): (401, 401, 404, 403, 403, 403, 201, 201, 201),
+    ("PATCH", "/organizations/{slug}/routes/{route_id}"): (401, 401, 404, 403, 403, 403, 200, 200, 200),
+    ("DELETE", "/organizations/{slug}/routes/{route_id}"): (401, 401, 404, 403, 403, 403, 204, 204, 204),
+    ("GET", "/explain"): (401, 401, 404, 200, 404, 200, 200, 200, 200),
 }
 BODIES: dict[tuple[str, str], dict[str, Any]] = {
-    # An operator who is no member holds no key: 422 says so. Everybody else makes one for themselves.
+    # An operator who is no member holds no key: 400 says so. Everybody else makes one for themselves.
     ("POST", "/organizations/{slug}/keys"): {"name": "new"},
     ("PATCH", "/organizations/{slug}/keys/{key_id}"): {"name": "renamed"},
     ("POST", "/organizations/{slug}/keys/{key_id}/rotate"): {},
+    ("POST", "/credentials"): {"kind": "demo", "label": "new"},
+    ("PATCH", "/credentials/{credential_id}"): {"label": "renamed"},
+    ("POST", "/organizations/{slug}/credentials"): {"kind": "demo", "label": "new", "prefix": "acme-demo"},
+    ("PATCH", "/organizations/{slug}/credentials/{credential_id}"): {"label": "renamed"},
+    ("POST", "/routes"): {"name": "new", "targets": [{"model": "demo/echo"}]},
+    ("PATCH", "/routes/{route_id}"): {"name": "renamed"},
+    ("POST", "/organizations/{slug}/routes"): {"name": "new", "targets": [{"model": "demo/echo"}]},
+    ("PATCH", "/organizations/{slug}/routes/{route_id}"): {"name": "renamed"},
+    ("POST", "/organizations/{slug}/keys/{key_id}/freeze"): {"minutes": 5},
+    ("POST", "/organizations/{slug}/freeze"): {"minutes": 5},
+    ("POST", "/organizations/{slug}/thaw"): {},
+    ("POST", "/credentials/freeze"): {"minutes": 5},
+    ("POST", "/credentials/thaw"): {},
+    ("POST", "/models/freeze"): {"model": "a/*", "minutes": 5},
+    ("POST", "/models/thaw"): {"model": "a/*"},
 }
+# Things that a change would show in.
+WRITTEN = (ApiKey, Credential, Route)
+
+
+def things_of(people: People) -> dict[str, dict[str, int]]:
+    """Numbers for the paths: of Acme's own things, and of the shared ones."""
+    key = people.key(people.bob).pk
+    found = {}
+    for name, organization in (("own", people.acme), ("shared", None)):
+        credential = add_credential("demo", name, "", prefix=name, organization=organization)
+        route = create_route(organization=organization, name="fast", targets=[Leads("demo/echo", 0)])
+        found[name] = {"key_id": key, "credential_id": credential.pk, "route_id": route.pk}
+    return found
+
+
+def path_to(path: str, things: dict[str, dict[str, int]], slug: str = "acme") -> str:
+    numbers = things["own" if "{slug}" in path else "shared"]
+    return path.format(slug=slug, **numbers) + (f"?key={numbers['key_id']}&model=demo/echo" if path == "/explain" else "")
+
+
+def body_of(method: str, path: str, things: dict[str, dict[str, int]]) -> dict[str, Any] | None:
+    body = BODIES.get((method, path))
+    if path in ("/credentials/freeze", "/credentials/thaw"):
+        return {"credential": things["shared"]["credential_id"], **(body or {})}
+    return body
 
 
 def routes() -> set[tuple[str, str]]:
@@ -48,7 +123,7 @@ def routes() -> set[tuple[str, str]]:
     for prefix, router in api._routers:
         for path, view in router.path_operations.items():
             for operation in view.operations:
-                plain = normalize_path(f"/{prefix}/{path}").rstrip("/").replace("{slug:slug}", "{slug}").replace("{int:key_id}", "{key_id}")
+                plain = re.sub(r"\{\w+:(\w+)\}", r"{\1}", normalize_path(f"/{prefix}/{path}").rstrip("/")) or "/"
                 found |= {(method, plain) for method in operation.methods}
     return found
 
@@ -100,31 +175,35 @@ def test_every_route_is_in_the_table():
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize(("method", "path"), TABLE, ids=lambda value: value)
 def test_a_role_gets_what_the_table_says(people: People, method: str, path: str, role: str):
-    key = people.key(people.bob)
-    before = list(ApiKey.objects.values())
+    things = things_of(people)
+    before = [list(model.objects.values()) for model in WRITTEN]
 
-    answer = in_role(role, people).call(method, path.format(slug="acme", key_id=key.pk), BODIES.get((method, path)))
+    answer = in_role(role, people).call(method, path_to(path, things), body_of(method, path, things))
 
     expected = TABLE[method, path][ROLES.index(role)]
     assert answer.status_code == expected, answer.content
     if method == "GET" or expected >= 400:
-        assert list(ApiKey.objects.values()) == before
+        assert [list(model.objects.values()) for model in WRITTEN] == before
 
 
 @pytest.mark.parametrize(("method", "path"), [route for route in TABLE if "{slug}" in route[1]], ids=lambda value: value)
 def test_a_foreign_thing_is_answered_like_a_missing_one(people: People, method: str, path: str):
-    key, body = people.key(people.bob), BODIES.get((method, path))
+    things, body = things_of(people), BODIES.get((method, path))
+    nothing = {"own": dict.fromkeys(things["own"], 10**9)}
     charlie, bea = caller(people.charlie), caller(people.joins("bea", people.acme, Role.MEMBER))
-    missing = charlie.call(method, path.format(slug="nowhere", key_id=10**9), body)
+    missing = charlie.call(method, path_to(path, nothing, "nowhere"), body)
 
     assert missing.status_code == 404
-    answers = [charlie.call(method, path.format(slug="acme", key_id=key.pk), body)]
-    if "{key_id}" in path:
+    answers = [charlie.call(method, path_to(path, things), body)]
+    if "_id}" in path:
         answers += [
-            charlie.call(method, path.format(slug="rival", key_id=key.pk), body),
-            bea.call(method, path.format(slug="acme", key_id=key.pk), body),
-            caller(people.alice).call(method, path.format(slug="acme", key_id=10**30), body),
+            charlie.call(method, path_to(path, things, "rival"), body),
+            caller(people.alice).call(method, path_to(path, {"own": dict.fromkeys(things["own"], 10**30)}), body),
+            # What is shared is not the organization's own.
+            caller(people.alice).call(method, path_to(path, {"own": {**things["shared"], "key_id": 10**9}}), body),
         ]
+    if "{key_id}" in path:
+        answers.append(bea.call(method, path_to(path, things), body))
     for answer in answers:
         assert (answer.status_code, answer.content, dict(answer.headers)) == (404, missing.content, dict(missing.headers))
 
@@ -156,6 +235,19 @@ def test_the_description_of_the_api_is_for_people_who_are_signed_in(people: Peop
     client = Client()
     client.force_login(people.vera)
     assert client.get(page).status_code == 200
+
+
+def test_the_one_shape_of_errors_is_described_for_every_operation(people: People):
+    client = Client()
+    client.force_login(people.vera)
+    described = client.get("/api/openapi.json").json()
+    operations = [operation for path in described["paths"].values() for operation in path.values()]
+
+    assert len(operations) >= len(TABLE)
+    assert all(operation["responses"]["4XX"] == {"$ref": "#/components/responses/Error"} for operation in operations)
+    shape = described["components"]["responses"]["Error"]["content"]["application/json"]["schema"]["properties"]["error"]
+    refused = caller(people.alice).call("GET", "/organizations/acme/keys?limit=0").json()["error"]
+    assert set(refused) == set(shape["properties"])
 
 
 # Making keys
@@ -211,7 +303,7 @@ def test_an_owner_makes_keys_for_members_alone_and_learns_nothing_of_others(peop
         for email in ("charlie@example.org", "nobody@example.org")
     ]
 
-    assert [answer.status_code for answer in answers] == [422, 422]
+    assert [answer.status_code for answer in answers] == [400, 400]
     assert answers[0].content == answers[1].content
     assert "email" in answers[0].json()["error"]["fields"]
 
@@ -225,7 +317,7 @@ def test_a_key_may_belong_to_a_team_of_its_holder(people: People):
     made = alice.call("POST", "/organizations/acme/keys", {"name": "x", "email": "bob@example.org", "team": "ml"})
     assert made.json()["team"] == "ml"
     answers = [alice.call("POST", "/organizations/acme/keys", {"name": "x", "team": team}) for team in ("ml", "theirs", "nobodys")]
-    assert [(answer.status_code, list(answer.json()["error"]["fields"])) for answer in answers] == [(422, ["team"])] * 3
+    assert [(answer.status_code, list(answer.json()["error"]["fields"])) for answer in answers] == [(400, ["team"])] * 3
     assert answers[1].content == answers[2].content
 
 
@@ -257,7 +349,7 @@ def test_a_field_that_is_not_for_writing_is_refused(people: People, field: str):
             ("PATCH", f"/organizations/acme/keys/{key.pk}", {}),
         ):
             answer = caller(user).call(method, path, {**body, field: 1})
-            assert answer.status_code == 422
+            assert answer.status_code == 400
             assert field in answer.json()["error"]["fields"]
     assert ApiKey.objects.count() == 1
 
@@ -336,7 +428,7 @@ def test_a_rotation_shows_the_new_key_once(people: People):
 def test_a_wrong_body_is_explained_field_by_field(people: People, body: dict[str, Any], field: str):
     answer = caller(people.alice).call("POST", "/organizations/acme/keys", body)
 
-    assert answer.status_code == 422, answer.content
+    assert answer.status_code == 400, answer.content
     error = answer.json()["error"]
     assert error["code"] == "invalid"
     assert error["message"]
@@ -349,15 +441,33 @@ def test_a_wrong_overlap_is_refused(people: People, overlap: object):
     key = people.key(people.bob)
     answer = caller(people.bob).call("POST", f"/organizations/acme/keys/{key.pk}/rotate", {"overlap_hours": overlap})
 
-    assert (answer.status_code, list(answer.json()["error"]["fields"])) == (422, ["overlap_hours"])
+    assert (answer.status_code, list(answer.json()["error"]["fields"])) == (400, ["overlap_hours"])
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"name": "x"} trailing'])
-def test_a_body_that_is_no_json_object_is_a_clear_400_or_422(people: People, raw: bytes):
+def test_a_body_that_is_no_json_object_is_a_clear_400(people: People, raw: bytes):
     answer = caller(people.alice).client.generic("POST", "/api/organizations/acme/keys", raw, content_type="application/json")
 
-    assert answer.status_code in (400, 422)
+    assert answer.status_code == 400
     assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"name": "x", "email": f"{SECRET}@"},
+        {"name": "x", SECRET: 1},
+        {"name": {SECRET: SECRET}},
+        {"name": "x", "networks": [SECRET]},
+        {"name": "x", "limits": [{"metric": "money", "amount": SECRET, "window": SECRET}]},
+    ],
+)
+def test_a_secret_in_the_wrong_field_is_not_said_back(people: People, body: dict[str, Any]):
+    answer = caller(people.alice).call("POST", "/organizations/acme/keys", body)
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid")
+    assert answer.json()["error"]["fields"]
+    assert SECRET not in answer.content.decode()
 
 
 # Lists
@@ -380,7 +490,7 @@ def test_a_list_is_read_page_by_page_with_a_constant_number_of_queries(people: P
 def test_a_wrong_page_is_refused(people: People, query: str):
     answer = caller(people.alice).call("GET", f"/organizations/acme/keys?{query}")
 
-    assert (answer.status_code, list(answer.json()["error"]["fields"])) == (422, [query.partition("=")[0]])
+    assert (answer.status_code, list(answer.json()["error"]["fields"])) == (400, [query.partition("=")[0]])
 
 
 def test_everybody_sees_their_own_organizations(people: People):
