@@ -7,31 +7,34 @@ window of time, a page at a time, and a search is for one request's id.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any, ClassVar
+from itertools import groupby
+from typing import Any, ClassVar, cast
 
 from django import forms
 from django.contrib import admin, messages
 from django.core.exceptions import ValidationError
-from django.db.models import CharField, Model, OuterRef, QuerySet, Subquery, Value
+from django.db.models import CharField, Model, OuterRef, Q, QuerySet, Subquery, Value
 from django.db.models.functions import Coalesce
 from django.forms.models import BaseInlineFormSet
 from django.http import HttpRequest
 from django.utils import timezone
 from unfold.admin import ModelAdmin, TabularInline
 from unfold.decorators import display
-from unfold.paginator import InfinitePaginator
 from unfold.views import ChangeList
 
+from accounts.actions import record
 from accounts.admin import Audited
 from accounts.models import ApiKey, Organization, User
 from providers.models import Credential
-from proxy.models import RefusedCalls, Route, RouteTarget, UsageEvent, UsageTotal
+from proxy import routes, totals
+from proxy.models import FrozenModel, OnAbort, RefusedCalls, Rest, Route, RouteTarget, UsageEvent, UsageTotal, moment_of
 from proxy.queries import SHADOW
+from proxy.routes import Leads
 from proxy.templatetags.show import milliseconds, usd
 
-MOST_PAGES = 20
+BEFORE = "before"  # in the address of a list
 _WINDOWS = {"1h": (timedelta(hours=1), "Last hour"), "24h": (timedelta(hours=24), "Last 24 hours")}
 _WINDOWS |= {f"{days}d": (timedelta(days=days), f"Last {days} days") for days in (7, 30, 90)}
 _DEFAULT_WINDOW = "24h"
@@ -41,30 +44,72 @@ _DEFAULT_WINDOW = "24h"
 
 
 class RouteForm(forms.ModelForm):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fields["on_abort"].required = False  # nothing said = cancel
+
     def clean(self) -> dict[str, Any]:
         cleaned = super().clean() or self.cleaned_data
-        same = Route.objects.filter(name=cleaned.get("name"), organization=cleaned.get("organization")).exclude(pk=self.instance.pk)
-        if same.exists():
-            self.add_error("name", "There is already an alias of this name.")
+        self._ask(lambda: {"name": routes.clean_name(cleaned.get("name") or "")}, after="name")
+        self._ask(lambda: routes.check_free(cleaned["name"], cleaned.get("organization"), self.instance), after="name")
+        for field in ("defaults", "overrides"):
+            self._ask(lambda field=field: {field: routes.clean_values(field, cleaned.get(field) or {})}, after=field)  # type: ignore[misc]
+        self._ask(lambda: {"drops": routes.clean_drops(cleaned.get("drops") or [])}, after="drops")
+        self._ask(self._abort, after="on_abort")
         return cleaned
+
+    def _abort(self) -> dict[str, Any]:
+        said = routes.clean_abort(self.cleaned_data.get("on_abort") or OnAbort.CANCEL, self.cleaned_data.get("drain_seconds"))
+        return dict(zip(("on_abort", "drain_seconds"), said, strict=True))
+
+    def _ask(self, rule: Callable[[], dict[str, Any] | None], *, after: str) -> None:
+        """What the rule makes of a field, unless that has been complained of already."""
+        if after in self.errors:
+            return
+        try:
+            self.cleaned_data |= rule() or {}
+        except ValidationError as problem:
+            for field, words in problem.message_dict.items():
+                self.add_error(field if field in self.fields else None, words)
+
+
+class RouteTargetForm(forms.ModelForm):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in ("position", "weight"):
+            self.fields[name].required = False
+        if not self.instance.pk:
+            self.initial["position"] = None  # behind those above it
+
+    def clean_weight(self) -> int:
+        weight = self.cleaned_data.get("weight")
+        return 1 if weight is None else int(weight)
 
 
 class Targets(BaseInlineFormSet):
     def clean(self) -> None:
         super().clean()
-        names = [
-            form.cleaned_data["model"] for form in self.forms if form.cleaned_data.get("model") and not form.cleaned_data.get("DELETE")
-        ]
-        if not names:
-            raise ValidationError("An alias leads to at least one model.")
-        if self.instance.name in names:
-            raise ValidationError("An alias cannot lead to itself.")
+        if any(self.errors):
+            return
+        leads: list[Leads] = []
+        for form in self.forms:
+            said = form.cleaned_data
+            if not said.get("model") or said.get("DELETE"):
+                continue
+            if said.get("position") is None:
+                said["position"] = form.instance.position = max((lead.position for lead in leads), default=-1) + 1
+            leads.append(Leads(said["model"], said["position"], said["weight"]))
+        try:
+            routes.clean_targets(self.instance.name, leads)
+        except ValidationError as problem:
+            raise ValidationError(problem.messages) from None
 
 
 class RouteTargetInline(TabularInline):
     model = RouteTarget
+    form = RouteTargetForm
     formset = Targets
-    fields = ("position", "model")
+    fields = ("position", "model", "weight")
     extra = 1
     min_num = 1
 
@@ -73,9 +118,16 @@ class RouteTargetInline(TabularInline):
 class RouteAdmin(Audited):
     audit_name = "alias"
     form = RouteForm
-    fields = ("name", "organization")
+    fieldsets = (
+        (None, {"fields": ("name", "organization")}),
+        (
+            "Parameters",
+            {"fields": ("defaults", "overrides", "drops"), "description": "What it does to a request: first the drops, then the others."},
+        ),
+        ("When the client leaves", {"fields": ("on_abort", "drain_seconds")}),
+    )
     inlines = (RouteTargetInline,)
-    list_display = ("name", "leads_to", "for_whom")
+    list_display = ("name", "leads_to", "for_whom", "parameters")
     list_filter = ("organization",)
     search_fields = ("name",)
     ordering = ("name", "pk")
@@ -85,11 +137,64 @@ class RouteAdmin(Audited):
 
     @display(description="leads to")
     def leads_to(self, route: Route) -> str:
-        return " → ".join(target.model for target in route.targets.all()) or "nothing"
+        ranks = [list(tied) for _, tied in groupby(route.targets.all(), key=lambda target: target.position)]
+        return " → ".join(_in_turns(tied) for tied in ranks) or "nothing"
 
     @display(description="for")
     def for_whom(self, route: Route) -> str:
         return str(route.organization) if route.organization else "everybody"
+
+    @display(description="parameters")
+    def parameters(self, route: Route) -> str:
+        return ", ".join([*route.defaults, *(f"{name}!" for name in route.overrides), *(f"no {name}" for name in route.drops)]) or "as sent"
+
+
+def _in_turns(tied: list[RouteTarget]) -> str:
+    return tied[0].model if len(tied) == 1 else " | ".join(f"{target.model} × {target.weight}" for target in tied)
+
+
+@admin.register(FrozenModel)
+class FrozenModelAdmin(Audited):
+    """Nobody calls these until they thaw, which they do by themselves."""
+
+    audit_name = "frozen model"
+    fields = ("pattern", "organization", "until", "reason")
+    list_display = ("pattern", "organization", "until", "reason")
+    list_select_related = ("organization",)
+    search_fields = ("pattern",)
+    ordering = ("-until",)
+
+
+@admin.register(Rest)
+class RestAdmin(ModelAdmin):
+    """What upstreams asked for. Taking one away lets the account be tried again within seconds."""
+
+    list_display = ("credential", "shown_model", "reason", "until")
+    list_select_related = ("credential",)
+    ordering = ("-until",)
+    fields = readonly_fields = ("credential", "shown_model", "reason", "until")
+
+    @display(description="model")
+    def shown_model(self, rest: Rest) -> str:
+        return rest.model or "all of them"
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
+        return False
+
+    def delete_model(self, request: HttpRequest, obj: Rest) -> None:
+        self._note(request, obj)
+        super().delete_model(request, obj)
+
+    def delete_queryset(self, request: HttpRequest, queryset: QuerySet[Rest]) -> None:
+        for rest in queryset:
+            self._note(request, rest)
+        super().delete_queryset(request, queryset)
+
+    def _note(self, request: HttpRequest, rest: Rest) -> None:
+        record(cast(User, request.user), rest.credential.organization, "rest.cleared", f"{rest.credential}: {rest}")
 
 
 # The log and its sums
@@ -146,24 +251,56 @@ class OutcomeFilter(admin.SimpleListFilter):
         return queryset.filter(**bounds.get(self.value() or "", {}))
 
 
+class Older:
+    """In the place of a paginator: a list goes on at a row, not at a number of rows that would have to be passed by."""
+
+    template_name = "admin/older.html"
+
+    def __init__(self, per_page: int, url: str) -> None:
+        self.per_page, self.url = per_page, url
+
+
 class NewestFirst(ChangeList):
-    """Rows in the order of an index, whatever the address asks for; a limited number of pages."""
+    """Rows in the order of an index, whatever the address asks for. `before` in the address says where it goes on."""
+
+    def __init__(self, request: HttpRequest, *args: Any, **kwargs: Any) -> None:
+        # Taken out, so that a filter that is chosen begins with the newest rows again.
+        asked = request.GET.copy()
+        self.before = (asked.pop(BEFORE, None) or [""])[-1]
+        request.GET = asked  # type: ignore[assignment]
+        super().__init__(request, *args, **kwargs)
 
     def get_ordering(self, request: HttpRequest, queryset: QuerySet[Any]) -> list[str]:
         return list(self.model_admin.ordering)
 
     def get_results(self, request: HttpRequest) -> None:
-        asked: int = self.page_num  # type: ignore[has-type]
-        self.page_num = min(asked, MOST_PAGES)
-        if asked > MOST_PAGES:
-            messages.info(request, f"Lists end at page {MOST_PAGES}: choose a shorter time or another filter to see other rows.")
-        super().get_results(request)
+        column = self.model_admin.ordering[0].removeprefix("-")
+        rows = list(self._older(request, column)[: self.list_per_page + 1])
+        page = rows[: self.list_per_page]
+        place = f"{getattr(page[-1], column).isoformat()}~{page[-1].pk}" if len(rows) > len(page) else ""
+        self.newest_url = self.get_query_string()
+        self.result_list, self.result_count, self.full_result_count = page, len(page), None
+        self.show_full_result_count = self.show_admin_actions = self.can_show_all = False
+        self.multi_page, self.page_num = False, 1  # there are no numbers of pages
+        self.paginator = Older(self.list_per_page, self.get_query_string({BEFORE: place}) if place else "")
+
+    def _older(self, request: HttpRequest, column: str) -> QuerySet[Any]:
+        if not self.before:
+            return self.queryset
+        moment, _, number = self.before.partition("~")
+        try:
+            at, pk = datetime.fromisoformat(moment), self.model._meta.pk.to_python(number)
+            at = at.replace(tzinfo=at.tzinfo or UTC).astimezone(UTC)
+        except (ValueError, OverflowError, ValidationError):
+            messages.warning(request, "There is no such page: these are the newest rows.")
+            self.before = ""
+            return self.queryset
+        return self.queryset.filter(Q(**{f"{column}__lt": at}) | Q(**{column: at, "pk__lt": pk}), **{f"{column}__lte": at})
 
 
 class ReadOnly(ModelAdmin):
     """A table that only the gateway writes."""
 
-    paginator = InfinitePaginator
     show_full_result_count = False
     show_facets = admin.ShowFacets.NEVER
     list_per_page = 50
@@ -200,6 +337,11 @@ def _name(model: type[Model], column: str, reference: str) -> Coalesce:
     return Coalesce(Subquery(model._default_manager.filter(pk=OuterRef(reference)).values(column)[:1]), Value(""), output_field=CharField())
 
 
+def _of_request(events: QuerySet[UsageEvent], request_id: uuid.UUID) -> QuerySet[UsageEvent]:
+    """By the moment inside the id, too: without it every month of the log would be searched."""
+    return events.filter(at=moment_of(request_id), pk=request_id)
+
+
 def _in_one_line(at: datetime, written: str) -> str:
     """Signs at which a narrow column would break the line are replaced by their unbreakable twins."""
     return at.astimezone(UTC).strftime(written).replace(" ", "\N{NO-BREAK SPACE}").replace("-", "\N{NON-BREAKING HYPHEN}")
@@ -220,10 +362,22 @@ class UsageEventAdmin(ReadOnly):
         ("What came of it", {"fields": ("status", "error", "first_byte", "took")}),
         (
             "What it used",
-            {"fields": ("usage_source", "fresh_input", "cache_read", "cache_write", "output", "reasoning", "shown_cost", "price_id")},
+            {
+                "fields": (
+                    "usage_source",
+                    "fresh_input",
+                    "cache_read",
+                    "cache_write",
+                    "output",
+                    "reasoning",
+                    "shown_cost",
+                    "price_id",
+                    "told_cost",
+                )
+            },
         ),
     )
-    readonly_fields = ("its_organization", "its_user", "its_key", "its_credential", "shown_cost", "first_byte", "took")
+    readonly_fields = ("its_organization", "its_user", "its_key", "its_credential", "shown_cost", "told_cost", "first_byte", "took")
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[UsageEvent]:
         return (
@@ -237,11 +391,17 @@ class UsageEventAdmin(ReadOnly):
             )
         )
 
+    def get_object(self, request: HttpRequest, object_id: str, from_field: str | None = None) -> UsageEvent | None:
+        try:
+            return _of_request(self.get_queryset(request), uuid.UUID(object_id)).first()
+        except ValueError:
+            return None
+
     def get_search_results(self, request: HttpRequest, queryset: QuerySet[Any], search_term: str) -> tuple[QuerySet[Any], bool]:
         if not search_term:
             return queryset, False
         try:
-            return queryset.filter(request_id=uuid.UUID(search_term.strip())), False
+            return _of_request(queryset, uuid.UUID(search_term.strip())), False
         except ValueError:
             messages.warning(request, "Search for the whole id of a request, as its x-request-id header gave it.")
             return queryset.none(), False
@@ -288,6 +448,10 @@ class UsageEventAdmin(ReadOnly):
     def shown_cost(self, event: UsageEvent) -> str:
         return usd(event.cost)
 
+    @display(description="the upstream says")
+    def told_cost(self, event: UsageEvent) -> str:
+        return "-" if event.upstream_cost is None else usd(event.upstream_cost)
+
     @display(description="first byte after")
     def first_byte(self, event: UsageEvent) -> str:
         return milliseconds(event.first_byte_ms)
@@ -300,6 +464,7 @@ class UsageEventAdmin(ReadOnly):
 @admin.register(UsageTotal)
 class UsageTotalAdmin(ReadOnly):
     window = SlotFilter
+    fields = (*totals.TABLES[0].dimensions, *totals.SUMS)
     list_display = ("when", "whose", "provider", "model", "requests", "errors", "tokens", "shown_cost", "unpriced", "estimated")
     lookups = frozenset({"key_id", "organization_id"})
     ordering = ("-slot", "-pk")

@@ -10,14 +10,21 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from django.core.exceptions import ValidationError
+from django.db import transaction
 from django.http import HttpRequest
+from django.shortcuts import get_object_or_404
 from django.utils import timezone
 from ninja import Field, Query, Router, Schema
+from ninja.errors import AuthorizationError
+from pydantic import ConfigDict
 
 from accounts import queries as accounts
-from accounts.models import Membership, Role, User
+from accounts.actions import record
+from accounts.models import Membership, Organization, Role, User
+from providers import actions as upstreams
+from providers.models import Credential
 from proxy import queries
-from proxy.models import UsageEvent
+from proxy.models import FrozenModel, UsageEvent
 from proxy.queries import SUMS, Cursor, Refused, Sums
 
 router = Router(tags=["usage"])
@@ -136,25 +143,110 @@ def key_requests(
     slug: str,
     key_id: int,
     since: Since = None,
+    until: Until = None,
     before: Annotated[str | None, Query(max_length=100, description="`next` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=MOST_ROWS)] = 50,
 ) -> dict[str, Any]:
     place = _place(request, slug)
     key = accounts.key_of(place, key_id)
-    start, _ = _window(since, None)
-    page = queries.recent_requests(place.organization, key.pk, since=start, before=_cursor(before), rows=limit)
+    start, end = _window(since, until)
+    page = queries.recent_requests(place.organization, key.pk, since=start, until=end, before=_cursor(before), rows=limit)
     return {"data": [_shown(event) for event in page.rows], "next": str(page.older) if page.older else None}
+
+
+class FreezeBody(Schema):
+    model_config = ConfigDict(extra="forbid")
+
+    minutes: Annotated[float, Field(gt=0, le=365 * 24 * 60, allow_inf_nan=False)]
+    reason: Annotated[str, Field(max_length=200)] = ""
+
+
+class FreezeCredential(FreezeBody):
+    credential: KeyNumber
+
+
+class FreezeModel(FreezeBody):
+    """`model` is a public id or an alias; * stands for anything. Without `organization` it is for everybody."""
+
+    model: Annotated[str, Field(min_length=1, max_length=240)]
+    organization: Annotated[str, Field(max_length=50)] | None = None
+
+
+class ThawCredential(Schema):
+    model_config = ConfigDict(extra="forbid")
+
+    credential: KeyNumber
+
+
+class ThawModel(Schema):
+    model_config = ConfigDict(extra="forbid")
+
+    model: Annotated[str, Field(min_length=1, max_length=240)]
+    organization: Annotated[str, Field(max_length=50)] | None = None
+
+
+class FrozenOut(Schema):
+    frozen_until: datetime | None
+
+
+@router.post("/credentials/freeze", response=FrozenOut, summary="Leave an upstream account out for a time (operators)")
+def freeze_credential(request: HttpRequest, body: FreezeCredential) -> dict[str, Any]:
+    operator = _operator(request)
+    credential = get_object_or_404(Credential, pk=body.credential)
+    length = timedelta(minutes=body.minutes)
+    return {"frozen_until": upstreams.freeze(credential, length=length, reason=body.reason, actor=operator)}
+
+
+@router.post("/credentials/thaw", response=FrozenOut, summary="Let it serve again (operators)")
+def thaw_credential(request: HttpRequest, body: ThawCredential) -> dict[str, Any]:
+    operator = _operator(request)
+    upstreams.thaw(get_object_or_404(Credential, pk=body.credential), actor=operator)
+    return {"frozen_until": None}
+
+
+@router.post("/models/freeze", response=FrozenOut, summary="Let nobody call a model for a time (operators)")
+def freeze_model(request: HttpRequest, body: FreezeModel) -> dict[str, Any]:
+    operator, organization = _operator(request), _named_organization(body.organization)
+    until = timezone.now() + timedelta(minutes=body.minutes)
+    with transaction.atomic():
+        FrozenModel.objects.update_or_create(
+            pattern=body.model, organization=organization, defaults={"until": until, "reason": body.reason.strip()}
+        )
+        record(operator, organization, "model.frozen", body.model, until=until.isoformat(), reason=body.reason.strip())
+    return {"frozen_until": until}
+
+
+@router.post("/models/thaw", response=FrozenOut, summary="Let it be called again (operators)")
+def thaw_model(request: HttpRequest, body: ThawModel) -> dict[str, Any]:
+    operator, organization = _operator(request), _named_organization(body.organization)
+    with transaction.atomic():
+        for frozen in FrozenModel.objects.filter(pattern=body.model, organization=organization):
+            frozen.delete()
+            record(operator, organization, "model.thawed", body.model)
+    return {"frozen_until": None}
+
+
+def _operator(request: HttpRequest) -> User:
+    user = request.user
+    if not (isinstance(user, User) and user.is_superuser):
+        raise AuthorizationError(message="Shared accounts and models are frozen by operators alone.")
+    return user
+
+
+def _named_organization(slug: str | None) -> Organization | None:
+    return get_object_or_404(Organization, slug=slug) if slug is not None else None
 
 
 def _usage(place: Membership, by: str, since: datetime | None, until: datetime | None, **whose: Any) -> dict[str, Any]:
     start, end = _window(since, until)
-    groups = queries.totals_by(place.organization, by, since=start, until=end, **whose)
+    whose["until"] = end if until else None  # up to now is to the end: nothing has been used later
+    groups = queries.totals_by(place.organization, by, since=start, **whose)
     return {
         "since": start,
         "until": end,
         "time_zone": queries.zone_of(place.organization).key,
         "by": by,
-        "total": _sums(queries.totals(place.organization, since=start, until=end, **whose)),
+        "total": _sums(queries.totals(place.organization, since=start, **whose)),
         "data": [{"name": group.name, "provider": group.provider or None, **_sums(group.sums)} for group in groups],
         "truncated": len(groups) == queries.MOST_GROUPS,
     }

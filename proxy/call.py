@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass, field
-from typing import Any
+from contextvars import ContextVar
+from random import getrandbits
+from typing import Any, Protocol
+
+from msgspec import Struct
 
 from accounts.principal import Principal
 from providers.adapter import Target
@@ -17,17 +20,47 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+# Where a server of ours puts a Line into a scope's extensions.
+LINE = "sluice.line"
+
+
+class Line(Protocol):
+    """What our own server can do for one request beyond ASGI: the same, without a message and a coroutine for each step."""
+
+    fields: dict[bytes, bytes]  # the request's headers by lower-case name; a repeated one is joined with a comma
+
+    def whole_body(self) -> bytes | None:
+        """The request's body if all of it is here, to be taken once. None: `receive` it."""
+
+    def when_client_leaves(self, do: Callable[[], None]) -> None:
+        """Call this once when the client goes away before it has had its answer; at once if it has gone already."""
+
+    def say(self, status: int, headers: Headers, body: bytes) -> bool:
+        """A whole answer. False: the client does not keep up, so it has to be sent as messages, which wait."""
+
+    def go_on(self, body: bytes, *, more: bool) -> bool:
+        """The next piece of an answer that has begun. False as above."""
+
+
+# Of the request that this task, or a thread that works for it, is about: for the log.
+current_request: ContextVar[str] = ContextVar("current_request", default="")
 
 
 def new_request_id() -> str:
-    """A UUIDv7: its first 48 bits are milliseconds since the epoch, which are also the `at` of the usage row."""
-    number = time.time_ns() // 1_000_000 << 80 | int.from_bytes(os.urandom(10), "big")
-    digits = f"{number & ~_FIXED_BITS | _VERSION_7:032x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+    """A UUIDv7: its first 48 bits are milliseconds since the epoch, which are also the `at` of the usage row.
 
-
-_FIXED_BITS = 0xF << 76 | 0x3 << 62
-_VERSION_7 = 0x7 << 76 | 0x2 << 62
+    The rest must be unlike any other's and need not be a secret, so it comes from memory (seeded by the system, anew after a
+    fork): a call to the system for each request would give the interpreter's lock away."""
+    at, chance = time.time_ns() // 1_000_000, getrandbits(74)
+    return "%08x-%04x-7%03x-%04x-%012x" % (  # noqa: UP031 half the time of an f-string
+        at >> 16,
+        at & 0xFFFF,
+        chance & 0xFFF,
+        0x8000 | chance >> 12 & 0x3FFF,
+        chance >> 26,
+    )
 
 
 def milliseconds_of(request_id: str) -> int:
@@ -35,8 +68,7 @@ def milliseconds_of(request_id: str) -> int:
     return int(request_id[:8] + request_id[9:13], 16)
 
 
-@dataclass(slots=True)
-class Incoming:
+class Incoming(Struct):
     """A request's head: its body has not been read yet."""
 
     id: str
@@ -45,18 +77,39 @@ class Incoming:
     headers: dict[bytes, bytes]
     address: str  # of the client, as far as trusted proxies tell
     receive: Receive
+    line: Line | None = None  # where the server is ours
+    task: asyncio.Task[Any] | None = None  # that serves it
     callers_key: str = ""  # `X-Upstream-Key`
     seed_errors: bool = False  # `X-Error-Format: seed`
     body_read: bool = False
+    at_ms: int = 0  # since the epoch: what the id says
+    at: float = 0.0  # the same in seconds
 
-    @property
-    def at(self) -> float:
-        """Seconds since the epoch, to the millisecond."""
-        return milliseconds_of(self.id) / 1000
+    def __post_init__(self) -> None:
+        self.at_ms = milliseconds_of(self.id)
+        self.at = self.at_ms / 1000
 
 
-@dataclass(slots=True)
-class Asked:
+class Room(Struct, frozen=True):
+    """What is left of a limit per minute, right after a request was let in."""
+
+    limit: int
+    remaining: int
+    reset_seconds: float  # until all of it is free again
+
+
+class Granted(Struct, frozen=True):
+    """What the limits said of a request: the tightest of those on requests and on tokens, where there are any."""
+
+    shadowed: tuple[str, ...] = ()  # the codes that shadow limits would have refused with
+    requests: Room | None = None
+    tokens: Room | None = None
+
+
+FREE = Granted()
+
+
+class Asked(Struct):
     """A request's body, read: the few fields we act on, and all of it as it came."""
 
     endpoint: str
@@ -67,11 +120,11 @@ class Asked:
     stream: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(Struct, frozen=True):
     """A place that has been paid for, and must be settled exactly once."""
 
     request_id: str
+    at_ms: int
     principal: Principal
     endpoint: str
     model: str  # as the client named it
@@ -80,8 +133,7 @@ class Admission:
     started: float  # monotonic, for durations
 
 
-@dataclass(slots=True)
-class Outcome:
+class Outcome(Struct):
     """What became of the call so far. The trip fills it; `meter` turns it into the record."""
 
     target: Target | None = None
@@ -93,12 +145,22 @@ class Outcome:
     output_estimate: int = 0  # tokens, judged by what passed
     reached: bool = False  # an upstream has the request and may bill it
     first_byte: float | None = None  # monotonic
-    client_left: bool = False
+    read_at: float = 0.0  # monotonic: the body had come
+    sent: float = 0.0  # monotonic: this attempt's turn to the upstream began
+    heard: float = 0.0  # monotonic: and was over; 0 = it is still the upstream's turn
+    waited: float = 0.0  # seconds that earlier attempts took
     complete: bool = False  # the stream's own last event has passed: who leaves now has got everything
-    shadowed: tuple[str, ...] = field(default_factory=tuple)
+    granted: Granted = FREE
 
     def begin(self, target: Target, price: Price | None) -> None:
         """A new attempt: what the one before left behind is forgotten."""
+        if self.sent:
+            now = time.monotonic()
+            self.waited, self.sent, self.heard = self.waited_until(now), 0.0, 0.0
         self.target, self.price = target, price
         self.attempts += 1
         self.tokens, self.output_estimate, self.reached, self.first_byte, self.complete = None, 0, False, None, False
+
+    def waited_until(self, now: float) -> float:
+        """Seconds that were the upstreams' so far: the rest is what we have added ourselves."""
+        return self.waited + ((self.heard or now) - self.sent if self.sent else 0.0)

@@ -2,10 +2,12 @@
 
 ApiError                        providers/wire.py
 ├── GatewayError                refused by us
-│   ├── Unauthenticated         401 invalid_api_key
+│   ├── Unauthenticated         401 invalid_api_key          or key_revoked, of a call under way
 │   ├── IpNotAuthorized         401 ip_not_authorized
 │   ├── ModelNotAllowed         403 model_not_allowed
+│   ├── Frozen                  403 frozen                   by hand, until a moment; with Retry-After
 │   ├── UnpricedModel           403 model_unpriced           a hard budget cannot hold money for it
+│   ├── MetricsNotPublic        403 metrics_not_public
 │   ├── InvalidRequest          400 (or the code given)
 │   ├── UnknownPath             404
 │   ├── ModelNotFound           404 model_not_found
@@ -19,6 +21,8 @@ ApiError                        providers/wire.py
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from providers.wire import ApiError
 
@@ -45,6 +49,12 @@ class ModelNotAllowed(GatewayError):
     code = "model_not_allowed"
 
 
+class Frozen(GatewayError):
+    status = 403
+    type = "permission_error"
+    code = "frozen"
+
+
 class UnpricedModel(GatewayError):
     status = 403
     type = "permission_error"
@@ -57,6 +67,12 @@ class InvalidRequest(GatewayError):
 
 class UnknownPath(GatewayError):
     status = 404
+
+
+class MetricsNotPublic(GatewayError):
+    status = 403
+    type = "permission_error"
+    code = "metrics_not_public"
 
 
 class ModelNotFound(GatewayError):
@@ -82,6 +98,7 @@ class OverLimit(GatewayError):
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
+    granted: Any = None  # what is left of the limits per minute: see `call.Granted`
 
 
 class OverBudget(GatewayError):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from accounts.principal import Network
-from proxy.call import Scope
-
-Headers = list[tuple[bytes, bytes]]
+from proxy.call import Headers, Scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +21,12 @@ class Site:
     body_limit_bytes: int = 32 << 20
 
 
-def header_dict(raw: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+def header_dict(raw: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     """Headers by lower-case name. A repeated one is joined with a comma, as HTTP means it; underscores are dropped."""
-    headers: dict[bytes, bytes] = {}
+    headers = dict(raw)
+    if len(headers) == len(raw) and b"_" not in b"".join(headers):
+        return headers
+    headers = {}
     for name, value in raw:
         if b"_" in name:
             continue
@@ -33,13 +35,23 @@ def header_dict(raw: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
 
 
 def host_is_allowed(headers: dict[bytes, bytes], site: Site) -> bool:
-    host = headers.get(b"host", b"").decode("latin-1").lower()
     if "*" in site.allowed_hosts:
         return True
+    return _is_allowed(headers.get(b"host", b""), site.allowed_hosts)
+
+
+@lru_cache(maxsize=256)
+def _is_allowed(raw: bytes, allowed_hosts: tuple[str, ...]) -> bool:
+    host = raw.decode("latin-1").lower()
     name = host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
     return any(
-        name == allowed or (allowed.startswith(".") and (name.endswith(allowed) or name == allowed[1:])) for allowed in site.allowed_hosts
+        name == allowed or (allowed.startswith(".") and (name.endswith(allowed) or name == allowed[1:])) for allowed in allowed_hosts
     )
+
+
+def can_be_a_key(text: str) -> bool:
+    """Whether a header could carry it on to an upstream."""
+    return text.isascii() and text.isprintable()
 
 
 def client_address(scope: Scope, headers: dict[bytes, bytes], site: Site) -> str:
@@ -64,10 +76,13 @@ def _is_trusted(address: str, site: Site) -> bool:
     return any(ip.version == network.version and ip in network for network in site.trusted_proxies)
 
 
+FOR_ANYBODY: Headers = [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", b"*")]
+
+
 def cors_headers(headers: dict[bytes, bytes], site: Site) -> Headers:
     """For every answer, errors included. Never with credentials: no cookie counts here."""
     if "*" in site.cors_allow_origins:
-        return [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", b"*")]
+        return FOR_ANYBODY
     origin = headers.get(b"origin", b"").decode("latin-1")
     if origin and origin in site.cors_allow_origins:
         return [

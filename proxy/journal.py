@@ -28,7 +28,7 @@ class JournalFull(Exception):
     """Nothing more can be admitted: the disk is full, or the journal has reached its cap."""
 
 
-class Admitted(msgspec.Struct, tag="admitted", tag_field="t", omit_defaults=True, frozen=True):
+class Admitted(msgspec.Struct, tag="admitted", tag_field="t", omit_defaults=True, frozen=True, gc=False):
     """Written before the upstream is called. `at` and every time is in milliseconds since the epoch."""
 
     request_id: str
@@ -48,7 +48,7 @@ class Admitted(msgspec.Struct, tag="admitted", tag_field="t", omit_defaults=True
     cost_estimate: int | None = None  # of the estimated input alone, in micro-dollars
 
 
-class Settled(msgspec.Struct, tag="settled", tag_field="t", omit_defaults=True, frozen=True):
+class Settled(msgspec.Struct, tag="settled", tag_field="t", omit_defaults=True, frozen=True, gc=False):
     """All that is kept of a finished request; needs no other record to be understood."""
 
     request_id: str
@@ -73,6 +73,7 @@ class Settled(msgspec.Struct, tag="settled", tag_field="t", omit_defaults=True, 
     reasoning: int = 0
     cost: int | None = None  # micro-dollars; None = unpriced
     price: int | None = None
+    upstream_cost: int | None = None  # micro-dollars, as the upstream says
     usage_source: str = "missing"
     first_byte_ms: int | None = None
     duration_ms: int = 0
@@ -81,6 +82,7 @@ class Settled(msgspec.Struct, tag="settled", tag_field="t", omit_defaults=True, 
 Record = Admitted | Settled
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Record).decode
+_ADMITTED = b'{"t":"admitted"'  # how those begin
 
 
 def frame(record: Record) -> bytes:
@@ -90,8 +92,28 @@ def frame(record: Record) -> bytes:
     return HEAD.pack(len(payload), zlib.crc32(payload)) + payload
 
 
+def settlements(segment: Path, offset: int = 0, until: int | None = None) -> tuple[list[Settled], int]:
+    """The settled records alone, from `offset` on, and the offset behind the last record that is whole. Raises as `read` does."""
+    found: list[Settled] = []
+    for payload, end in _payloads(segment, offset, until):
+        offset = end
+        if not payload.startswith(_ADMITTED):
+            record = _decode(payload)
+            if isinstance(record, Settled):
+                found.append(record)
+    return found, offset
+
+
 def read(segment: Path, offset: int = 0, until: int | None = None) -> Iterator[tuple[Record, int]]:
     """Records from `offset` on, each with the offset behind it. Stops at the first one that is not whole.
+
+    Raises FileNotFoundError when the segment has been shipped and deleted meanwhile."""
+    for payload, end in _payloads(segment, offset, until):
+        yield _decode(payload), end
+
+
+def _payloads(segment: Path, offset: int, until: int | None) -> Iterator[tuple[bytes, int]]:
+    """The encoded records, checked.
 
     Raises FileNotFoundError when the segment has been shipped and deleted meanwhile."""
     with segment.open("rb") as file:
@@ -104,7 +126,7 @@ def read(segment: Path, offset: int = 0, until: int | None = None) -> Iterator[t
         if length > MOST_RECORD_BYTES or len(payload) < length or zlib.crc32(payload) != check:
             return
         position += HEAD.size + length
-        yield _decode(payload), offset + position
+        yield payload, offset + position
 
 
 def is_torn(segment: Path, offset: int) -> bool:
@@ -188,15 +210,14 @@ class Journal:
         self._number = 1
         self._descriptor = self._create(self._number)
         self._size = 0
-        self._sealed_bytes = 0
-        self._sealed: dict[int, int] = {}
+        self._sealed: dict[int, int] = {}  # bytes by segment, which two threads change: so no sum of it is kept
         self.shipped = (1, 0)  # how far the ledger has stored it
         self._reserve()
 
     def admitted(self, record: Admitted) -> None:
         """Raises JournalFull, and then the upstream must not be called."""
         data = frame(record)
-        if self._sealed_bytes + self._size + len(data) > self._max_bytes:
+        if self.size + len(data) > self._max_bytes:
             raise JournalFull("The journal has reached its size cap.")
         if (self._unsaved or not self._reserved) and not (self._save_rest() and self._reserve()):
             raise JournalFull("The disk is full.")
@@ -221,6 +242,12 @@ class Journal:
             except OSError:
                 self._unsaved.append(data)
 
+    def takes_more(self) -> bool:
+        """Whether a request could be admitted, as far as that can be known without one. Makes the reserve again where it is gone."""
+        if self.size >= self._max_bytes:
+            return False
+        return (self._reserved and not self._unsaved) or (self._save_rest() and self._reserve())
+
     def position(self) -> tuple[int, int]:
         """(segment number, offset) behind the last record."""
         return self._number, self._size
@@ -231,12 +258,16 @@ class Journal:
     def drop(self, number: int) -> None:
         """A sealed segment has been shipped whole: delete it."""
         self.segment(number).unlink(missing_ok=True)
-        size = self._sealed.pop(number, 0)  # the ledger's thread: the loop only adds
-        self._sealed_bytes -= size
+        self._sealed.pop(number, None)  # the ledger's thread: the loop only adds
 
     @property
     def size(self) -> int:
-        return self._sealed_bytes + self._size
+        return sum(tuple(self._sealed.values())) + self._size
+
+    @property
+    def behind(self) -> int:
+        """Bytes that the ledger has not stored yet."""
+        return max(0, self.size - self.shipped[1])
 
     def is_shipped(self) -> bool:
         """Nothing is open and nothing is left to store: the journal may go."""
@@ -280,7 +311,6 @@ class Journal:
             return  # no room: the old segment goes on
         os.close(self._descriptor)
         self._sealed[self._number] = self._size
-        self._sealed_bytes += self._size
         self._number, self._descriptor, self._size = self._number + 1, descriptor, len(carried)
 
     def _create(self, number: int) -> int:

@@ -11,74 +11,103 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from django.db import connection, transaction
-from django.db.models import Sum
 
 from accounts.models import ApiKey
-from proxy import journal
+from proxy import journal, totals
+from proxy.call import milliseconds_of
 from proxy.journal import Admitted, Journal, Record, Settled
-from proxy.models import RefusedCalls, UsageEvent, UsageSource, UsageTotal
+from proxy.models import RefusedCalls, UsageEvent, UsageSource
 from proxy.refusals import Refusal, Refusals
-from proxy.stores.limits import Budget, window_start
+from proxy.stores.limits import Budget, Hold, window_start
+from proxy.totals import QUARTER_MS, SUMS, stored_moment
 
 log = logging.getLogger(__name__)
 
 BATCH = 500
 SHIP_EVERY_SECONDS = 0.5
 ADOPT_EVERY_SECONDS = 15.0
+TRY_AGAIN_SECONDS = 1.0
 FLUSH_REFUSALS_EVERY_SECONDS = 2.0
 CHECKPOINT_EVERY_SECONDS = 10.0
 INTERRUPTED = "interrupted"
 MOST_COST = 2**63 - 1  # what a row can hold
-QUARTER = timedelta(minutes=15)
 
-Row = dict[str, Any]
+
+class Row(NamedTuple):
+    """A usage row as the database has it, in the order of its columns. Ids and times are in the database's own form."""
+
+    request_id: Any
+    at: Any
+    organization_id: int
+    team_id: int | None
+    user_id: int
+    key_id: int
+    credential_id: int | None
+    endpoint: str
+    model: str
+    served_model: str
+    provider: str
+    status: int
+    error: str
+    stream: bool
+    attempts: int
+    fresh_input: int
+    cache_read: int
+    cache_write: int
+    output: int
+    reasoning: int
+    cost: int | None
+    price_id: int | None
+    upstream_cost: int | None
+    usage_source: str
+    first_byte_ms: int | None
+    duration_ms: int
+    corrects: Any
+    milliseconds: int  # not a column: `at` as a number
+
 
 # SQL is put together once, from the names of our own columns; values are always parameters.
-_COLUMNS = [str(field.column) for field in UsageEvent._meta.concrete_fields]
+_COLUMNS = Row._fields[:-1]
 _NAMES = ", ".join(f'"{name}"' for name in _COLUMNS)
 _TABLE = UsageEvent._meta.db_table
-_STAGE = f'CREATE TEMPORARY TABLE IF NOT EXISTS usage_staging (LIKE "{_TABLE}") ON COMMIT DELETE ROWS'
+# A batch may wait longer than a page: said together with the first statement, it costs no way of its own.
+_STAGE = "SET LOCAL statement_timeout = '30s'; " + (
+    f'CREATE TEMPORARY TABLE IF NOT EXISTS usage_staging (LIKE "{_TABLE}") ON COMMIT DELETE ROWS'
+)
 _COPY = f"COPY usage_staging ({_NAMES}) FROM STDIN"
 _INTO = f'INSERT INTO "{_TABLE}" ({_NAMES})'
-_INSERT = f"{_INTO} VALUES ({', '.join(['%s'] * len(_COLUMNS))})"
+# For SQLite, which is spoken to without Django's own rewriting of placeholders. Many rows in one statement: the interpreter's lock
+# is given up and fought for once a statement, and the event loop wants it, too.
+_ROWS_AT_ONCE = 50
+_VALUES = f"({', '.join(['?'] * len(_COLUMNS))})"
+_INSERT = {count: f"{_INTO} VALUES {', '.join([_VALUES] * count)} ON CONFLICT DO NOTHING" for count in (1, _ROWS_AT_ONCE)}
 _FROM_STAGE = f"{_INTO} SELECT {_NAMES} FROM usage_staging ORDER BY at, request_id ON CONFLICT DO NOTHING RETURNING request_id"  # noqa: S608
-_DIMENSIONS = ["slot", "organization_id", "team_id", "user_id", "key_id", "credential_id", "provider", "model"]
-_SUMS = ["requests", "errors", "unpriced", "estimated", "fresh_input", "cache_read", "cache_write", "output", "reasoning", "cost"]
-
-
-def _upsert(table: str, dimensions: Sequence[str], sums: Sequence[str]) -> str:
-    names = [*dimensions, *sums]
-    added = ", ".join(f'{name} = "{table}".{name} + excluded.{name}' for name in sums)
-    insert = f'INSERT INTO "{table}" ({", ".join(names)}) VALUES ({", ".join(["%s"] * len(names))})'  # noqa: S608
-    return f"{insert} ON CONFLICT ({', '.join(dimensions)}) DO UPDATE SET {added}"
-
-
-_ADD_TO_TOTAL = _upsert(UsageTotal._meta.db_table, _DIMENSIONS, _SUMS)
-_ADD_REFUSAL = _upsert(RefusedCalls._meta.db_table, ["hour", "key_id", "status", "code"], ["count"])
+_ADD_REFUSAL = totals.upsert(RefusedCalls._meta.db_table, ["hour", "key_id", "status", "code"], ["count"])
 
 
 def store(rows: Sequence[Row]) -> int:
     """Insert what is not there yet and add it to the totals, in one transaction. How many were new. Raises DatabaseError."""
-    stored = 0
+    return len(store_new(rows))
+
+
+def store_new(rows: Sequence[Row]) -> list[Row]:
+    """`store`, and those that were new."""
+    stored: list[Row] = []
     for start in range(0, len(rows), BATCH):
-        batch = {row["request_id"]: row for row in rows[start : start + BATCH]}
-        ordered = sorted(batch.values(), key=lambda row: (row["at"], row["request_id"]))
+        ordered = sorted({row.request_id: row for row in rows[start : start + BATCH]}.values(), key=_in_time)
         with transaction.atomic():
-            new = _insert(ordered)
-            known = [row for row in ordered if row["request_id"] not in new]
-            fresh = [row for row in ordered if row["request_id"] in new]
+            fresh, known = _insert(ordered)
             if known:
-                corrections = _corrections(known)
-                inserted = _insert(corrections) if corrections else set()
-                fresh += [row for row in corrections if row["request_id"] in inserted]
+                fresh += _insert(_corrections(known))[0]
             _add_to_totals(fresh)
-        stored += len(fresh)
+        stored += fresh
     return stored
 
 
@@ -87,24 +116,39 @@ def ship(folder: Path) -> int:
     stored = 0
     for segment in journal.segments(folder):
         try:
-            stored += store([row_of(record) for record, _ in journal.read(segment) if isinstance(record, Settled)])
+            stored += store(rows_of(journal.settlements(segment)[0]))
         except FileNotFoundError:
             continue  # its worker has shipped and deleted it meanwhile
     return stored
 
 
-def adopt(folder: Path) -> int | None:
+class Again(Protocol):
+    """Settles once more, for limits that outlive a worker. When it raises, the journal stays for another try."""
+
+    def first(self, worker: str) -> None:
+        """Before anything of this dead worker's journal is stored."""
+
+    def settle(self, worker: str, settled: Sequence[Settled], new: Collection[Any]) -> None:
+        """What its journal holds; `new` are the ids (as stored) that were not in the totals before."""
+
+
+def adopt(folder: Path, again: Again | None = None) -> int | None:
     """Store all of a dead worker's journal, what was interrupted included, and delete it. None when its worker lives."""
     descriptor = journal.lock(folder)
     if descriptor is None:
         return None
     try:
+        if again is not None:
+            again.first(folder.name)
         records, damaged = _all_of(folder)
         settled = [record for record in records if isinstance(record, Settled)]
         waiting = {record.request_id: record for record in records if isinstance(record, Admitted)}
         for record in settled:
             waiting.pop(record.request_id, None)
-        stored = store([row_of(record) for record in settled] + [_interrupted(record) for record in waiting.values()])
+        settled += [_interrupted(record) for record in waiting.values()]
+        stored = store_new(rows_of(settled))
+        if again is not None:
+            again.settle(folder.name, settled, {row.request_id for row in stored})
     except BaseException:
         os.close(descriptor)  # not stored: the next round, or another worker, tries again
         raise
@@ -117,44 +161,86 @@ def adopt(folder: Path) -> int | None:
         )
     else:
         journal.remove(folder, descriptor)
-    return stored
+    return len(stored)
 
 
-def adopt_all(root: Path) -> int:
+def adopt_all(root: Path, again: Again | None = None) -> int:
     """Adopt whatever dead workers left."""
-    return sum(adopt(folder) or 0 for folder in journal.folders(root))
+    return sum(adopt(folder, again) or 0 for folder in journal.folders(root))
+
+
+# One settlement for the limits: the hold it ends, tokens, micro-dollars, and whether the totals did not have it before.
+ToSettle = tuple[Hold, int, int | None, bool]
+
+
+def to_settle(records: Iterable[Settled], new: Container[Any]) -> list[ToSettle]:
+    vendor = connection.vendor
+    return [
+        (_hold(record), _tokens(record), 0 if record.cost is None else record.cost, _stored_id(record.request_id, vendor) in new)
+        for record in records
+    ]
+
+
+def to_release(requests: Sequence[str]) -> list[ToSettle]:
+    """Holds that no journal knows of: what their rows cost, and nothing for those that have none."""
+    moments = [_moment(milliseconds_of(one)) for one in requests]  # or every month of the log would be searched
+    costs = dict(UsageEvent.objects.filter(at__in=moments, pk__in=requests).values_list("pk", "cost"))
+    held = [(Hold(one, milliseconds_of(one) / 1000, (), (), 0, None), costs.get(uuid.UUID(one), 0)) for one in requests]
+    return [(hold, 0, cost, False) for hold, cost in held]
+
+
+def _hold(record: Settled) -> Hold:
+    scopes = [f"organization:{record.organization}", f"user:{record.user}@{record.organization}", f"key:{record.key}"]
+    if record.team is not None:
+        scopes.append(f"team:{record.team}")
+    return Hold(record.request_id, record.at / 1000, tuple(scopes), (), 0, None)
+
+
+def _tokens(record: Settled) -> int:
+    return record.fresh_input + record.cache_read + record.cache_write + record.output + record.reasoning
+
+
+def rows_of(records: Iterable[Settled]) -> list[Row]:
+    """Usage rows as the database has them. Times are cut to the millisecond that the request id carries."""
+    vendor = connection.vendor
+    return [_row(record, vendor) for record in records]
 
 
 def row_of(record: Settled) -> Row:
-    """A usage row as the database has it. Times are cut to the millisecond that the request id carries."""
-    return {
-        "request_id": uuid.UUID(record.request_id),
-        "at": _moment(record.at),
-        "organization_id": record.organization,
-        "team_id": record.team,
-        "user_id": record.user,
-        "key_id": record.key,
-        "credential_id": record.credential,
-        "endpoint": record.endpoint[:40],
-        "model": _text(record.model),
-        "served_model": _text(record.served_model),
-        "provider": record.provider[:40],
-        "status": record.status,
-        "error": record.error[:100],
-        "stream": record.stream,
-        "attempts": record.attempts,
-        "fresh_input": record.fresh_input,
-        "cache_read": record.cache_read,
-        "cache_write": record.cache_write,
-        "output": record.output,
-        "reasoning": record.reasoning,
-        "cost": None if record.cost is None else min(record.cost, MOST_COST),
-        "price_id": record.price,
-        "usage_source": record.usage_source,
-        "first_byte_ms": record.first_byte_ms,
-        "duration_ms": record.duration_ms,
-        "corrects": None,
-    }
+    return _row(record, connection.vendor)
+
+
+def _row(record: Settled, vendor: str) -> Row:
+    return Row(
+        _stored_id(record.request_id, vendor),
+        stored_moment(record.at, vendor),
+        record.organization,
+        record.team,
+        record.user,
+        record.key,
+        record.credential,
+        record.endpoint[:40],
+        _text(record.model),
+        _text(record.served_model),
+        record.provider[:40],
+        record.status,
+        record.error[:100],
+        record.stream,
+        record.attempts,
+        record.fresh_input,
+        record.cache_read,
+        record.cache_write,
+        record.output,
+        record.reasoning,
+        None if record.cost is None else min(record.cost, MOST_COST),
+        record.price,
+        None if record.upstream_cost is None else min(record.upstream_cost, MOST_COST),
+        record.usage_source,
+        record.first_byte_ms,
+        record.duration_ms,
+        None,
+        record.at,
+    )
 
 
 def spent_in(budgets: Iterable[Budget], now: float) -> dict[tuple[Budget, float], int]:
@@ -163,8 +249,7 @@ def spent_in(budgets: Iterable[Budget], now: float) -> dict[tuple[Budget, float]
     for budget in budgets:
         scope, window, time_zone = budget
         start = window_start(window, time_zone, now)
-        of_scope = UsageTotal.objects.filter(slot__gte=datetime.fromtimestamp(start, UTC), **_scope_filter(scope))
-        spent[(budget, start)] = of_scope.aggregate(total=Sum("cost"))["total"] or 0
+        spent[(budget, start)] = totals.spent_since(datetime.fromtimestamp(start, UTC), **totals.scope_of(scope))
     return spent
 
 
@@ -173,10 +258,13 @@ def store_refusals(counts: dict[Refusal, int]) -> None:
         cursor.executemany(
             _ADD_REFUSAL,
             [
-                (_as_stored(datetime.fromtimestamp(hour, UTC)), key, status, code[:100], count)
+                (stored_moment(hour * 1000, connection.vendor), key, status, code[:100], count)
                 for (hour, key, status, code), count in sorted(counts.items())
             ],
         )
+
+
+Tell = Callable[[Collection[tuple[int, int, int]]], None]  # organization, key, its user
 
 
 class Ledger(threading.Thread):
@@ -184,12 +272,13 @@ class Ledger(threading.Thread):
 
     On SQLite it is the one that checkpoints the write-ahead log."""
 
-    def __init__(self, own: Journal, root: Path, refusals: Refusals) -> None:
+    def __init__(self, own: Journal, root: Path, refusals: Refusals, tell: Tell = lambda used: None, again: Again | None = None) -> None:
+        """`tell` hears, in the thread that ships, of what is stored now."""
         super().__init__(name="sluice-ledger", daemon=True)
-        self._own, self._root, self._refusals = own, root, refusals
+        self._own, self._root, self._refusals, self._tell, self._again = own, root, refusals, tell, again
         self.shipping = threading.RLock()  # held: nothing of this process reaches the totals
         self._ending = threading.Event()
-        self._used: dict[int, datetime] = {}
+        self._used: dict[int, int] = {}  # milliseconds by key
 
     def run(self) -> None:
         adopted = flushed = checkpointed = time.monotonic()
@@ -201,7 +290,8 @@ class Ledger(threading.Thread):
                     self._flush()
                     flushed = now
                 if now - adopted >= ADOPT_EVERY_SECONDS:
-                    adopt_all(self._root)
+                    with self.shipping:
+                        adopt_all(self._root, self._again)
                     adopted = now
                 if now - checkpointed >= CHECKPOINT_EVERY_SECONDS:
                     checkpoint()
@@ -210,7 +300,7 @@ class Ledger(threading.Thread):
                 # Nothing is lost: the journal keeps it, and the cursor has not moved.
                 log.exception("Usage could not be stored; it stays in the journal")
                 connection.close()
-                self._ending.wait(2.0)
+                self._ending.wait(TRY_AGAIN_SECONDS)
         connection.close()
 
     def stop(self) -> None:
@@ -236,18 +326,20 @@ class Ledger(threading.Thread):
             return stored
 
     def _ship_segment(self, number: int, start: int, until: int | None) -> int:
-        read = list(journal.read(self._own.segment(number), start, until))
-        rows = [row_of(record) for record, _ in read if isinstance(record, Settled)]
+        settled, end = journal.settlements(self._own.segment(number), start, until)
+        rows = rows_of(settled)
         stored = store(rows)
-        if read:
-            self._own.shipped = (number, read[-1][1])
+        self._own.shipped = (number, end)
         for row in rows:
-            self._used[row["key_id"]] = max(row["at"], self._used.get(row["key_id"], row["at"]))
+            self._used[row.key_id] = max(row.milliseconds, self._used.get(row.key_id, 0))
+        if rows:
+            self._tell({(row.organization_id, row.key_id, row.user_id) for row in rows})
         return stored
 
     def _flush(self) -> None:
         used, self._used = self._used, {}
-        for key_id, at in used.items():
+        for key_id, milliseconds in used.items():
+            at = _moment(milliseconds)
             ApiKey.objects.filter(pk=key_id).exclude(last_used_at__gte=at).update(last_used_at=at)
         counts = self._refusals.take()
         try:
@@ -277,59 +369,80 @@ def _all_of(folder: Path) -> tuple[list[Record], bool]:
     return records, damaged
 
 
-def _interrupted(record: Admitted) -> Row:
+def _interrupted(record: Admitted) -> Settled:
     """The worker died with this request open: its input is estimated, and it is never free of charge."""
-    return row_of(
-        Settled(
-            request_id=record.request_id,
-            at=record.at,
-            organization=record.organization,
-            team=record.team,
-            user=record.user,
-            key=record.key,
-            model=record.model,
-            endpoint=record.endpoint,
-            stream=record.stream,
-            status=500,
-            error=INTERRUPTED,
-            attempts=1,
-            served_model=record.served_model,
-            provider=record.provider,
-            credential=record.credential,
-            fresh_input=record.input_estimate,
-            cost=record.cost_estimate,
-            price=record.price,
-            usage_source=UsageSource.ESTIMATED,
-        )
+    return Settled(
+        request_id=record.request_id,
+        at=record.at,
+        organization=record.organization,
+        team=record.team,
+        user=record.user,
+        key=record.key,
+        model=record.model,
+        endpoint=record.endpoint,
+        stream=record.stream,
+        status=500,
+        error=INTERRUPTED,
+        attempts=1,
+        served_model=record.served_model,
+        provider=record.provider,
+        credential=record.credential,
+        fresh_input=record.input_estimate,
+        cost=record.cost_estimate,
+        price=record.price,
+        usage_source=UsageSource.ESTIMATED,
     )
 
 
-def _insert(rows: Sequence[Row]) -> set[uuid.UUID]:
-    """The ids of those that were not there yet."""
+def _in_time(row: Row) -> tuple[int, Any]:
+    return row.milliseconds, row.request_id
+
+
+def _insert(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Those that were not there yet and now are, and those that were."""
     if not rows:
-        return set()
-    values = [[row[name] for name in _COLUMNS] for row in rows]
+        return [], []
     if connection.vendor == "postgresql":
-        with connection.cursor() as cursor:
-            cursor.execute(_STAGE)
-            with cursor.copy(_COPY) as copy:
-                for value in values:
-                    copy.write_row(value)
-            cursor.execute(_FROM_STAGE)
-            new = {found[0] for found in cursor.fetchall()}
-            cursor.execute("TRUNCATE usage_staging")
-            return new
-    # Elsewhere there is one writer at a time: what is not there now cannot appear before we commit.
-    ids = [row["request_id"] for row in rows]
-    known = set(UsageEvent.objects.filter(pk__in=ids).values_list("pk", flat=True))
-    fields = UsageEvent._meta.concrete_fields
-    adapted = [
-        [field.get_db_prep_save(row[str(field.column)], connection) for field in fields] for row in rows if row["request_id"] not in known
-    ]
-    if adapted:
-        with connection.cursor() as cursor:
-            cursor.executemany(_INSERT, adapted)
-    return set(ids) - known
+        new = _copy(rows)
+        return _parted(rows, lambda row: row.request_id in new)
+    before = transaction.savepoint()
+    if _put(rows) == len(rows):
+        transaction.savepoint_commit(before)
+        return list(rows), []
+    # Rare: some had been shipped before. There is one writer at a time: what is not there now cannot appear before we commit.
+    transaction.savepoint_rollback(before)
+    ids = [row.request_id for row in rows]
+    known = {_stored_id(str(found), "sqlite") for found in UsageEvent.objects.filter(pk__in=ids).values_list("pk", flat=True)}
+    fresh, old = _parted(rows, lambda row: row.request_id not in known)
+    _put(fresh)
+    return fresh, old
+
+
+def _parted(rows: Sequence[Row], good: Callable[[Row], bool]) -> tuple[list[Row], list[Row]]:
+    return [row for row in rows if good(row)], [row for row in rows if not good(row)]
+
+
+def _copy(rows: Sequence[Row]) -> set[str]:
+    with connection.cursor() as cursor:
+        cursor.execute(_STAGE)
+        with cursor.copy(_COPY) as copy:
+            for row in rows:
+                copy.write_row(row[:-1])
+        cursor.execute(_FROM_STAGE)
+        new = {str(found[0]) for found in cursor.fetchall()}
+        cursor.execute("TRUNCATE usage_staging")
+        return new
+
+
+def _put(rows: Sequence[Row]) -> int:
+    """Insert on SQLite what is not there yet. How many that were."""
+    execute = connection.connection.execute
+    put = start = 0
+    for count in (_ROWS_AT_ONCE, 1):
+        while len(rows) - start >= count:
+            put += execute(_INSERT[count], [value for row in rows[start : start + count] for value in row[:-1]]).rowcount
+            start += count
+    return put
 
 
 _PARTS = ("fresh_input", "cache_read", "cache_write", "output", "reasoning")
@@ -337,60 +450,54 @@ _PARTS = ("fresh_input", "cache_read", "cache_write", "output", "reasoning")
 
 def _corrections(known: Sequence[Row]) -> list[Row]:
     """A settlement that turns up after its request was written off as interrupted: the difference, as a row of its own."""
-    settled = {row["request_id"]: row for row in known if row["error"] != INTERRUPTED}
-    written_off = UsageEvent.objects.filter(at__in=[row["at"] for row in known], pk__in=list(settled), error=INTERRUPTED, corrects=None)
-    corrections = []
-    for before in written_off:
-        row = dict(settled[before.request_id])
-        row["corrects"] = before.request_id
+    settled = {uuid.UUID(row.request_id): row for row in known if row.error != INTERRUPTED}
+    moments = [_moment(row.milliseconds) for row in known]
+    vendor, corrections = connection.vendor, []
+    for before in UsageEvent.objects.filter(at__in=moments, pk__in=list(settled), error=INTERRUPTED, corrects=None):
+        row = settled[before.request_id]
         # Derived from the request's own id, so that the same correction cannot be made twice.
-        row["request_id"] = uuid.UUID(int=before.request_id.int ^ (1 << 61))
-        for part in _PARTS:
-            row[part] -= getattr(before, part)
-        row["cost"] = None if row["cost"] is None else row["cost"] - (before.cost or 0)
-        corrections.append(row)
+        own_id = uuid.UUID(int=before.request_id.int ^ (1 << 61))
+        parts = {part: getattr(row, part) - getattr(before, part) for part in _PARTS}
+        cost = None if row.cost is None else row.cost - (before.cost or 0)
+        corrections.append(row._replace(request_id=_stored_id(str(own_id), vendor), corrects=row.request_id, cost=cost, **parts))
     return corrections
 
 
 def _add_to_totals(rows: Iterable[Row]) -> None:
     sums: dict[tuple[Any, ...], list[int]] = {}
     for row in rows:
-        slot = row["at"].replace(minute=row["at"].minute // 15 * 15, second=0, microsecond=0)
-        model = row["served_model"] or row["model"]
-        who = (row["organization_id"], row["team_id"] or 0, row["user_id"], row["key_id"], row["credential_id"] or 0)
-        into = sums.setdefault((_as_stored(slot), *who, row["provider"], model), [0] * len(_SUMS))
-        corrects = row["corrects"] is not None
-        amounts = [
-            0 if corrects else 1,
-            (-1 if row["status"] < 400 else 0) if corrects else int(row["status"] >= 400),
-            0 if corrects else int(row["cost"] is None),
-            (-1 if row["usage_source"] != UsageSource.ESTIMATED else 0) if corrects else int(row["usage_source"] == UsageSource.ESTIMATED),
-            *(row[part] for part in _PARTS),
-            row["cost"] or 0,
-        ]
-        for index, amount in enumerate(amounts):
-            into[index] += amount
-    if sums:
-        with connection.cursor() as cursor:
-            cursor.executemany(_ADD_TO_TOTAL, [(*dimensions, *amounts) for dimensions, amounts in sorted(sums.items())])
-
-
-def _scope_filter(scope: str) -> dict[str, int]:
-    kind, _, number = scope.partition(":")
-    if kind == "user":
-        user, _, organization = number.partition("@")
-        return {"user_id": int(user), "organization_id": int(organization)}
-    return {f"{kind}_id": int(number)}
+        who = (row.organization_id, row.team_id or 0, row.user_id, row.key_id, row.credential_id or 0)
+        dimensions = (row.milliseconds // QUARTER_MS, *who, row.provider, row.served_model or row.model)
+        into = sums.get(dimensions)
+        if into is None:
+            into = sums[dimensions] = [0] * len(SUMS)
+        if row.corrects is None:
+            into[0] += 1
+            into[1] += row.status >= 400
+            into[2] += row.cost is None
+            into[3] += row.usage_source == UsageSource.ESTIMATED
+        else:
+            into[1] -= row.status < 400
+            into[3] -= row.usage_source != UsageSource.ESTIMATED
+        into[4] += row.fresh_input
+        into[5] += row.cache_read
+        into[6] += row.cache_write
+        into[7] += row.output
+        into[8] += row.reasoning
+        into[9] += row.cost or 0
+    totals.add(sums)
 
 
 def _moment(milliseconds: int) -> datetime:
     return datetime.fromtimestamp(milliseconds // 1000, UTC).replace(microsecond=milliseconds % 1000 * 1000)
 
 
-def _as_stored(moment: datetime) -> Any:
-    return connection.ops.adapt_datetimefield_value(moment)
+def _stored_id(request_id: str, vendor: str) -> str:
+    """SQLite has no type for it: Django keeps the digits."""
+    return request_id.replace("-", "") if vendor == "sqlite" else request_id
 
 
+@lru_cache(maxsize=1024)
 def _text(value: str) -> str:
     """Postgres takes no NUL, and a name may be longer than its column."""
     return value.replace("\0", "")[:240]

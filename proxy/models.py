@@ -6,13 +6,21 @@ ever deleted or rewritten through it.
 
 from __future__ import annotations
 
-from typing import Any
+import uuid
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any, ClassVar
 
 from django.db import models
 from django.db.models import F
 
 from accounts.models import ApiKey, Organization, Team, User
 from providers.models import Credential
+
+
+class OnAbort(models.TextChoices):
+    CANCEL = "cancel", "cancel the upstream"
+    DRAIN = "drain", "read on for a while, for the bill"
 
 
 class Route(models.Model):
@@ -22,6 +30,11 @@ class Route(models.Model):
         Organization, on_delete=models.CASCADE, null=True, blank=True, related_name="+", help_text="Empty = for everybody."
     )
     name = models.CharField(max_length=200)
+    defaults = models.JSONField(default=dict, blank=True, help_text='Where the client sent nothing, such as {"temperature": 0.2}.')
+    overrides = models.JSONField(default=dict, blank=True, help_text='Whatever the client sent, such as {"max_tokens": 1000}.')
+    drops = models.JSONField(default=list, blank=True, help_text='Parameters that are not passed on, such as ["logit_bias"].')
+    on_abort = models.CharField("when the client leaves", max_length=6, choices=OnAbort, default=OnAbort.CANCEL)
+    drain_seconds = models.PositiveSmallIntegerField(default=0, blank=True, help_text="For how long to read on: at most 30.")
 
     class Meta:
         verbose_name = "alias"
@@ -29,6 +42,10 @@ class Route(models.Model):
         constraints = [
             models.UniqueConstraint(fields=["organization", "name"], name="alias_is_unique_in_its_organization"),
             models.UniqueConstraint(fields=["name"], condition=models.Q(organization=None), name="shared_alias_is_unique"),
+            models.CheckConstraint(
+                condition=models.Q(on_abort="cancel", drain_seconds=0) | models.Q(on_abort="drain", drain_seconds__gte=1),
+                name="alias_drains_for_a_time_or_cancels",
+            ),
         ]
 
     def __str__(self) -> str:
@@ -37,14 +54,56 @@ class Route(models.Model):
 
 class RouteTarget(models.Model):
     route = models.ForeignKey(Route, on_delete=models.CASCADE, related_name="targets")
-    position = models.PositiveSmallIntegerField(default=0)
-    model = models.CharField(max_length=240, help_text="prefix/model, or a model that some upstream lists.")
+    position = models.PositiveSmallIntegerField(default=0, help_text="Lower goes first; the same = in turns, by weight.")
+    model = models.CharField(
+        max_length=240, help_text="prefix/model, or a model that some upstream lists; prefix/* under * is the name that was asked for."
+    )
+    weight = models.PositiveSmallIntegerField(default=1)
 
     class Meta:
         ordering = ["position", "id"]
+        constraints = [
+            models.CheckConstraint(
+                condition=models.Q(weight__gte=1),
+                name="alias_target_weight_is_positive",
+                violation_error_message="A weight is a whole number from 1 to 1000.",
+            )
+        ]
 
     def __str__(self) -> str:
         return self.model
+
+
+class FrozenModel(models.Model):
+    """A model that nobody calls until a moment, by its public id or the name of an alias; * stands for anything."""
+
+    organization = models.ForeignKey(
+        Organization, on_delete=models.CASCADE, null=True, blank=True, related_name="+", help_text="Empty = for everybody."
+    )
+    pattern = models.CharField(max_length=240)
+    until = models.DateTimeField(db_index=True)
+    reason = models.CharField(max_length=200, blank=True)
+
+    class Meta:
+        verbose_name = "frozen model"
+
+    def __str__(self) -> str:
+        return f"{self.pattern} until {self.until:%Y-%m-%d %H:%M} UTC"
+
+
+class Rest(models.Model):
+    """How long an upstream told us to leave a model of a credential alone ("" = all of them). Kept, so that a restart knows."""
+
+    credential = models.ForeignKey(Credential, on_delete=models.CASCADE, related_name="rests")
+    model = models.CharField(max_length=240, blank=True)
+    until = models.DateTimeField(db_index=True)
+    reason = models.CharField(max_length=100, blank=True)
+
+    class Meta:
+        constraints = [models.UniqueConstraint(fields=["credential", "model"], name="one_rest_per_credential_and_model")]
+
+    def __str__(self) -> str:
+        return f"{self.model or 'all models'} until {self.until:%Y-%m-%d %H:%M} UTC"
 
 
 class SnapshotVersion(models.Model):
@@ -63,11 +122,27 @@ class UsageSource(models.TextChoices):
     MISSING = "missing"
 
 
+class UsageEvents(models.Manager["UsageEvent"]):
+    def of_requests(self, request_ids: Iterable[uuid.UUID]) -> models.QuerySet[UsageEvent]:
+        """Rows by their ids. The moment is inside each id, and without it every month would be searched."""
+        ids = list(request_ids)
+        return self.filter(at__in={moment_of(one) for one in ids}, pk__in=ids)
+
+
+def moment_of(request_id: uuid.UUID) -> datetime:
+    """When it arrived, to the millisecond. An id that is no UUIDv7 gives a moment at which no row can be."""
+    milliseconds = request_id.int >> 80
+    try:
+        return datetime.fromtimestamp(milliseconds // 1000, UTC).replace(microsecond=milliseconds % 1000 * 1000)
+    except (OverflowError, ValueError, OSError):
+        return datetime.max.replace(tzinfo=UTC)
+
+
 class UsageEvent(models.Model):
     """One admitted request, or a correction of one. Never edited.
 
-    `request_id` is a UUIDv7 whose milliseconds are `at`, and (`at`, `request_id`) is the table's key on Postgres, so
-    that it can be partitioned by month without doubling a row. Tokens are disjoint parts."""
+    `request_id` is a UUIDv7 whose milliseconds are `at`, and (`at`, `request_id`) is the table's key on Postgres, where it
+    is partitioned by month: whoever looks for a row by its id says its moment, too (`of_requests`). Tokens are disjoint parts."""
 
     request_id = models.UUIDField(primary_key=True)
     at = models.DateTimeField()
@@ -91,16 +166,27 @@ class UsageEvent(models.Model):
     reasoning = models.BigIntegerField(default=0)
     cost = models.BigIntegerField(null=True)  # micro-dollars; NULL = unpriced
     price_id = models.BigIntegerField(null=True)
+    upstream_cost = models.BigIntegerField(null=True)  # micro-dollars, as the upstream says; nothing is charged by it
     usage_source = models.CharField(max_length=9, choices=UsageSource)
     first_byte_ms = models.IntegerField(null=True)
     duration_ms = models.IntegerField(default=0)
     corrects = models.UUIDField(null=True)
+
+    objects: ClassVar[UsageEvents] = UsageEvents()
 
     class Meta:
         constraints = [models.UniqueConstraint(fields=["at", "request_id"], name="usage_at_request_id")]
         indexes = [
             models.Index(fields=["key", "-at"], name="usage_by_key"),
             models.Index(fields=["organization", "-at"], name="usage_by_organization"),
+            # Of what is rare: a list of it would look through everything else to find none.
+            models.Index(fields=["at", "request_id"], name="usage_failed", condition=models.Q(status__gte=400)),
+            models.Index(fields=["at", "request_id"], name="usage_unpriced", condition=models.Q(cost=None)),
+            models.Index(
+                fields=["usage_source", "at", "request_id"],
+                name="usage_not_reported",
+                condition=models.Q(usage_source__in=["estimated", "missing"]),
+            ),
         ]
 
     def __str__(self) -> str:
@@ -115,17 +201,9 @@ class UsageEvent(models.Model):
         return self.output + self.reasoning
 
 
-class UsageTotal(models.Model):
-    """Sums of usage rows by quarter of an hour (zones of :30 and :45 exist). 0 stands for "none" in a reference."""
+class Total(models.Model):
+    """What usage rows amount to. Its tables differ in whose and when: see totals.py."""
 
-    slot = models.DateTimeField()
-    organization_id = models.BigIntegerField()
-    team_id = models.BigIntegerField(default=0)
-    user_id = models.BigIntegerField()
-    key_id = models.BigIntegerField()
-    credential_id = models.BigIntegerField(default=0)
-    provider = models.CharField(max_length=40)
-    model = models.CharField(max_length=240)
     requests = models.BigIntegerField(default=0)
     errors = models.BigIntegerField(default=0)
     unpriced = models.BigIntegerField(default=0)
@@ -136,6 +214,22 @@ class UsageTotal(models.Model):
     output = models.BigIntegerField(default=0)
     reasoning = models.BigIntegerField(default=0)
     cost = models.BigIntegerField(default=0)  # micro-dollars, of the priced ones
+
+    class Meta:
+        abstract = True
+
+
+class UsageTotal(Total):
+    """Sums of usage rows by quarter of an hour (zones of :30 and :45 exist). 0 stands for "none" in a reference."""
+
+    slot = models.DateTimeField()
+    organization_id = models.BigIntegerField()
+    team_id = models.BigIntegerField(default=0)
+    user_id = models.BigIntegerField()
+    key_id = models.BigIntegerField()
+    credential_id = models.BigIntegerField(default=0)
+    provider = models.CharField(max_length=40)
+    model = models.CharField(max_length=240)
 
     class Meta:
         constraints = [
@@ -151,6 +245,70 @@ class UsageTotal(models.Model):
 
     def __str__(self) -> str:
         return f"{self.slot:%Y-%m-%d %H:%M} key {self.key_id} {self.model}"
+
+
+class ModelTotal(Total):
+    """The same sums without who called: what an organization used as a whole, in few rows however many keys it has."""
+
+    pk = models.CompositePrimaryKey("organization_id", "slot", "provider", "model")
+    organization_id = models.BigIntegerField()
+    slot = models.DateTimeField()
+    provider = models.CharField(max_length=40)
+    model = models.CharField(max_length=240)
+
+    def __str__(self) -> str:
+        return f"{self.slot:%Y-%m-%d %H:%M} organization {self.organization_id} {self.model}"
+
+
+class KeyTotal(Total):
+    """The same sums without what was called: charts of keys, and the ends of long windows."""
+
+    pk = models.CompositePrimaryKey("key_id", "slot", "organization_id", "team_id", "user_id")
+    key_id = models.BigIntegerField()
+    slot = models.DateTimeField()
+    organization_id = models.BigIntegerField()
+    team_id = models.BigIntegerField(default=0)
+    user_id = models.BigIntegerField()
+
+    class Meta:
+        indexes = [
+            models.Index(fields=["organization_id", "slot"], name="key_total_by_organization"),
+            models.Index(fields=["team_id", "slot"], name="key_total_by_team", condition=models.Q(team_id__gt=0)),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.slot:%Y-%m-%d %H:%M} key {self.key_id}"
+
+
+class KeyDay(Total):
+    """The same sums by whole days in UTC: long windows of keys and people. Their ends are cut from quarters of an hour."""
+
+    pk = models.CompositePrimaryKey("key_id", "day", "organization_id", "team_id", "user_id", "provider", "model")
+    key_id = models.BigIntegerField()
+    day = models.DateField()
+    organization_id = models.BigIntegerField()
+    team_id = models.BigIntegerField(default=0)
+    user_id = models.BigIntegerField()
+    provider = models.CharField(max_length=40)
+    model = models.CharField(max_length=240)
+
+    class Meta:
+        indexes = [
+            models.Index(fields=["organization_id", "day"], name="key_day_by_organization"),
+            models.Index(fields=["team_id", "day"], name="key_day_by_team", condition=models.Q(team_id__gt=0)),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.day} key {self.key_id} {self.model}"
+
+
+class LogStart(models.Model):
+    """One row once anything was deleted from the log: rows before `at` are gone, while their sums stay."""
+
+    at = models.DateTimeField()
+
+    def __str__(self) -> str:
+        return f"{self.at:%Y-%m-%d}"
 
 
 class RefusedCalls(models.Model):

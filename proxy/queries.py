@@ -1,7 +1,8 @@
 """Reads of usage. An organization always comes first; `usage_rows`, for the operator's command, is the one exception.
 
-Figures come from the totals by quarter of an hour. The log itself is read newest first, a page at a time, within a
-window of time, and is never counted.
+Figures come from the tables of sums: of a whole organization from the one without keys, of long windows of keys from whole
+days, with their ends cut from quarters of an hour. The log itself is read by keyset, a page at a time, within a window of
+time, and is never counted.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from datetime import UTC, datetime, time, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from django.db.models import Max, Q, QuerySet, Sum
+from django.db.models import Max, Model, Q, QuerySet, Sum, Value
 from django.db.models.functions import TruncDay
 
 from accounts.models import ApiKey, Limit, Metric, Organization, User
 from accounts.principal import ID_LENGTH
 from providers.models import Credential
-from proxy.models import RefusedCalls, UsageEvent, UsageTotal
+from proxy.models import KeyDay, KeyTotal, ModelTotal, RefusedCalls, UsageEvent, UsageTotal
 from proxy.stores.limits import window_start
+from proxy.totals import any_of, first_whole_day, midnight_of
 
 QUARTER = timedelta(minutes=15)
 DAY = timedelta(days=1)
@@ -192,18 +194,13 @@ def zone_of(organization: Organization) -> ZoneInfo:
 
 def totals_by_key(organization: Organization, key_ids: Collection[int], now: datetime) -> dict[int, KeyTotals]:
     """One query for all keys. A key that was not used is absent."""
-    day = quarter(now - DAY)
-    recent = Q(slot__gte=day)
-    rows = (
-        _totals(organization, since=now - MONTH, key_ids=key_ids)
-        .values("key_id")
-        .annotate(
-            **{f"month_{name}": Sum(name) for name in SUMS},
-            **{f"day_{name}": Sum(name, filter=recent) for name in SUMS},
-        )
-        .order_by()
-    )
-    return {row["key_id"]: KeyTotals(day=_sums(row, "day_"), month=_sums(row, "month_")) for row in rows}
+    whose = _whose(organization, None, key_ids)
+    parts = [_cut(KeyTotal, whose, since=now - length, part=part) for part, length in (("day", DAY), ("month", MONTH))]
+    found: dict[int, dict[str, Sums]] = {}
+    for row in _summed([*parts[0], *parts[1]], "key_id", "part"):
+        spans = found.setdefault(row["key_id"], {"day": Sums(), "month": Sums()})
+        spans[row["part"]] += _sums(row, "all_")
+    return {key_id: KeyTotals(**spans) for key_id, spans in found.items()}
 
 
 def totals(
@@ -215,8 +212,11 @@ def totals(
     key_ids: Collection[int] | None = None,
 ) -> Sums:
     """Everything in the window, or what one person's keys or some keys had of it."""
-    found = _totals(organization, since=since, until=until, user_id=user_id, key_ids=key_ids)
-    return _sums(found.aggregate(**{f"all_{name}": Sum(name) for name in SUMS}), "all_")
+    if user_id is None and key_ids is None:
+        found = _quarters(ModelTotal, {"organization_id": organization.pk}, since, until)
+        return _sums(found.aggregate(**{f"all_{name}": Sum(name) for name in SUMS}), "all_")
+    parts = _cut(KeyTotal, _whose(organization, user_id, key_ids), since=since, until=until)
+    return sum((_sums(row, "all_") for row in _summed(parts, "part")), Sums())
 
 
 def totals_by(
@@ -231,23 +231,28 @@ def totals_by(
     """By "model", "key" (its number) or "day" (in the organization's time zone); at most MOST_GROUPS.
 
     Days come in their order, the others by what they cost."""
-    found = _totals(organization, since=since, until=until, user_id=user_id, key_ids=key_ids)
+    whole = user_id is None and key_ids is None
+    whose = _whose(organization, user_id, key_ids)
     if group == "day":
-        found = found.annotate(day=TruncDay("slot", tzinfo=zone_of(organization)))
-        order, columns = ["day"], ["day"]
-    elif group == "key":
-        order, columns = ["-all_cost", "-all_requests", "key_id"], ["key_id"]
-    else:
-        order, columns = ["-all_cost", "-all_requests", "model", "provider"], ["model", "provider"]
-    rows = found.values(*columns).annotate(**{f"all_{name}": Sum(name) for name in SUMS}).order_by(*order)[:MOST_GROUPS]
-    return [
-        Group(
-            name=row["day"].date().isoformat() if group == "day" else str(row[columns[0]]),
-            sums=_sums(row, "all_"),
-            provider=row.get("provider", ""),
-        )
-        for row in rows
-    ]
+        # Of quarters of an hour, since a day of the organization is no day in UTC.
+        quarters = _quarters(ModelTotal if whole else KeyTotal, whose, since, until)
+        days = _summed([quarters.annotate(day=TruncDay("slot", tzinfo=zone_of(organization)))], "day")
+        ordered = sorted(days, key=lambda row: row["day"])[:MOST_GROUPS]
+        return [Group(name=row["day"].date().isoformat(), sums=_sums(row, "all_")) for row in ordered]
+    if group == "key":
+        return _by_cost(_cut(KeyTotal, whose, since=since, until=until), "key_id")
+    if whole:
+        return _by_cost([_quarters(ModelTotal, whose, since, until)], "model", "provider")
+    return _by_cost(_cut(UsageTotal, whose, since=since, until=until), "model", "provider")
+
+
+def _by_cost(parts: Sequence[QuerySet[Any]], *columns: str) -> list[Group]:
+    found: dict[tuple[Any, ...], Sums] = {}
+    for row in _summed(parts, *columns):
+        name = tuple(row[column] for column in columns)
+        found[name] = found.get(name, Sums()) + _sums(row, "all_")
+    ordered = sorted(found.items(), key=lambda one: (-one[1].cost, -one[1].requests, one[0]))
+    return [Group(str(name[0]), sums, *name[1:]) for name, sums in ordered[:MOST_GROUPS]]
 
 
 def starts_of(span: Span, zone: ZoneInfo, now: datetime) -> list[datetime]:
@@ -270,7 +275,7 @@ def series(organization: Organization, key_id: int, span: Span, now: datetime) -
     starts = starts_of(span, zone, now)
     filled = [Sums() for _ in starts]
     rows = (
-        _totals(organization, since=starts[0], key_ids=[key_id])
+        _quarters(KeyTotal, _whose(organization, None, [key_id]), starts[0], None)
         .values("slot")
         .annotate(**{f"all_{name}": Sum(name) for name in SUMS})
         .order_by("slot")
@@ -288,10 +293,18 @@ def since_of(span: Span, organization: Organization, now: datetime) -> datetime:
 
 
 def recent_requests(
-    organization: Organization, key_id: int, *, since: datetime, before: Cursor | None = None, rows: int = PAGE_ROWS
+    organization: Organization,
+    key_id: int,
+    *,
+    since: datetime,
+    until: datetime | None = None,
+    before: Cursor | None = None,
+    rows: int = PAGE_ROWS,
 ) -> Page:
-    """A key's requests since a moment, newest first, by keyset: each page costs the same, however long the log is."""
+    """A key's requests in a window, newest first, by keyset: each page costs the same, however long the log is."""
     found = UsageEvent.objects.filter(key__in=_own(organization, [key_id]), at__gte=since)
+    if until is not None:
+        found = found.filter(at__lt=until)
     if before is not None:
         found = found.filter(Q(at__lt=before.at) | Q(at=before.at, request_id__lt=before.request_id), at__lte=before.at)
     page = list(found.order_by("-at", "-request_id")[: rows + 1])
@@ -328,22 +341,30 @@ def limits_on(organization: Organization, key: ApiKey) -> list[Limit]:
 
 
 def budgets(organization: Organization, limits: Iterable[Limit], now: datetime) -> list[Budget]:
-    """The money limits among these with what their scope spent in the current window. One query for all of them."""
+    """The money limits among these with what their scope spent in the current window. Two queries for all of them."""
     money = [limit for limit in limits if limit.metric == Metric.MONEY and limit.organization_id == organization.pk]
     if not money:
         return []
     zone = zone_of(organization)
     starts = [datetime.fromtimestamp(window_start(limit.window, zone.key, now.timestamp()), UTC) for limit in money]
-    spent = _totals(organization, since=min(starts)).aggregate(
-        **{
-            f"spent_{number}": Sum("cost", filter=Q(slot__gte=start) & _scope(limit))
-            for number, (limit, start) in enumerate(zip(money, starts, strict=True))
-        }
-    )
+    days = [first_whole_day(start) for start in starts]
+    # Days of the windows, and what lies before the first whole one of them, in one table each.
+    whole = {
+        f"spent_{number}": Sum("cost", filter=Q(day__gte=day.date()) & _scope(limit))
+        for number, (limit, day) in enumerate(zip(money, days, strict=True))
+    }
+    ends = {
+        f"spent_{number}": Sum("cost", filter=Q(slot__gte=start, slot__lt=day) & _scope(limit))
+        for number, (limit, start, day) in enumerate(zip(money, starts, days, strict=True))
+    }
+    cut = any_of(Q(slot__gte=start, slot__lt=day) for start, day in set(zip(starts, days, strict=True)) if start < day)
+    of_days = KeyDay.objects.filter(organization_id=organization.pk, day__gte=min(days).date()).aggregate(**whole)
+    of_ends = KeyTotal.objects.filter(cut, organization_id=organization.pk).aggregate(**ends)
+    spent = {name: (of_days[name] or 0) + (of_ends[name] or 0) for name in whole}
     return [
         Budget(
             limit=limit,
-            spent=spent[f"spent_{number}"] or 0,
+            spent=spent[f"spent_{number}"],
             starts_at=None if limit.window == "total" else start,
             ends_at=_end_of_window(limit.window, start, zone),
         )
@@ -374,6 +395,7 @@ USAGE_COLUMNS = [
     "usage_source",
     "first_byte_ms",
     "duration_ms",
+    "upstream_cost_usd",
 ]
 
 
@@ -381,7 +403,8 @@ def usage_rows(since: datetime | None = None, key: str | None = None) -> Iterato
     """The log of every organization, the oldest row first, as flat rows of USAGE_COLUMNS. For the operator alone.
 
     `key` is a key's number or the id inside the key. `at` is ISO 8601 in UTC, `organization` a slug, `user` an e-mail,
-    `key` and `credential` their names; `cost_usd` is None where there was no price. It reads in chunks, so that neither
+    `key` and `credential` their names; `cost_usd` is None where there was no price,
+    `upstream_cost_usd` where the upstream did not say. It reads in chunks, so that neither
     memory nor a transaction grows with the log."""
     found = UsageEvent.objects.order_by("at", "request_id")
     if since is not None:
@@ -451,6 +474,7 @@ def _flat(event: UsageEvent, names: _Names) -> dict[str, Any]:
         "usage_source": event.usage_source,
         "first_byte_ms": event.first_byte_ms,
         "duration_ms": event.duration_ms,
+        "upstream_cost_usd": None if event.upstream_cost is None else event.upstream_cost / 1_000_000,
     }
 
 
@@ -460,21 +484,46 @@ def _keys_named(name: str) -> list[int]:
     return list(ApiKey.objects.filter(handle=name).values_list("pk", flat=True))
 
 
-def _totals(
-    organization: Organization,
-    *,
-    since: datetime,
-    until: datetime | None = None,
-    user_id: int | None = None,
-    key_ids: Collection[int] | None = None,
-) -> QuerySet[UsageTotal]:
-    found = UsageTotal.objects.filter(slot__gte=quarter(since))
-    found = found.filter(organization_id=organization.pk) if key_ids is None else found.filter(key_id__in=_own(organization, key_ids))
-    if until is not None:
-        found = found.filter(slot__lt=until)
+def _whose(organization: Organization, user_id: int | None, key_ids: Collection[int] | None) -> dict[str, Any]:
+    """The rows of a whole organization, of some of its keys, or of all keys of a person. Keys are how the tables are indexed."""
+    if key_ids is not None:
+        return {"key_id__in": _own(organization, key_ids)}
     if user_id is not None:
-        found = found.filter(user_id=user_id)
-    return found
+        return {"key_id__in": ApiKey.objects.filter(organization=organization, user=user_id).values("pk")}
+    return {"organization_id": organization.pk}
+
+
+def _quarters(table: type[Model], whose: Mapping[str, Any], since: datetime, until: datetime | None) -> QuerySet[Any]:
+    found = table._default_manager.filter(slot__gte=quarter(since), **whose)
+    return found if until is None else found.filter(slot__lt=until)
+
+
+def _cut(
+    table: type[Model], whose: Mapping[str, Any], *, since: datetime, until: datetime | None = None, part: str = ""
+) -> list[QuerySet[Any]]:
+    """A window in parts that do not overlap: its whole days in UTC, and before and behind them quarters of an hour, which the
+    table has. `part` goes along as a column."""
+    start = quarter(since)
+    first, last = first_whole_day(start), None if until is None else midnight_of(until)
+    found: list[QuerySet[Any]] = []
+    if last is not None and last <= first:
+        found.append(_quarters(table, whose, start, until))
+    else:
+        if start < first:
+            found.append(_quarters(table, whose, start, first))
+        if last is not None and until is not None and last < until:
+            found.append(_quarters(table, whose, last, until))
+        days = KeyDay.objects.filter(day__gte=first.date(), **whose)
+        found.append(days if last is None else days.filter(day__lt=last.date()))
+    return [rows.annotate(part=Value(part)) for rows in found]
+
+
+def _summed(parts: Sequence[QuerySet[Any]], *columns: str) -> Iterable[dict[str, Any]]:
+    """One query for all parts; a group may come once of each."""
+    sums = {f"all_{name}": Sum(name) for name in SUMS}
+    first, *others = [rows.values(*columns).annotate(**sums).order_by() for rows in parts]
+    together: Iterable[dict[str, Any]] = first.union(*others, all=True) if others else first
+    return together
 
 
 def _own(organization: Organization, key_ids: Collection[int]) -> QuerySet[ApiKey, Any]:

@@ -39,6 +39,10 @@ def state_of(key: ApiKey, roles: Mapping[int, str]) -> State:
         return State("blocked", "neutral", "The organization is switched off")
     if not key.user.is_active:
         return State("blocked", "neutral", "Its owner’s account is switched off")
+    for thing, whose in ((key, ""), (key.team, "The team is f"), (key.organization, "The organization is f")):
+        if thing is not None and thing.is_frozen:
+            reason = f" ({thing.frozen_reason})" if thing.frozen_reason else ""
+            return State("frozen", "warning", f"{whose or 'F'}rozen{reason} until", thing.frozen_until)
     role = roles.get(key.user_id)
     if role is None:
         return State("blocked", "neutral", "Its owner is no longer a member of the organization")

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from accounts.principal import Principal
 from providers.adapter import Target
 from providers.secrets import redact
-from proxy.call import Admission, Asked, Incoming, Outcome, milliseconds_of
+from providers.wire import Json
+from proxy.call import Admission, Asked, Incoming, Outcome
 from proxy.catalog import Catalog
 from proxy.errors import Unavailable
 from proxy.journal import Admitted, Journal, JournalFull
@@ -16,6 +17,9 @@ from proxy.stores.limits import Hold, LimitStore
 
 # What is held for a model's output when the client sets no ceiling: the excess of one request at most.
 OUTPUT_WHEN_UNSAID = 4096
+# A picture's tokens do not follow from its bytes. This is the most that a vendor documents for one: OpenAI's gpt-4o-mini counts
+# 2 833 and 5 667 for each tile, of which there are eight at most.
+PICTURE_TOKENS = 2_833 + 8 * 5_667
 
 
 async def admit(
@@ -29,20 +33,9 @@ async def admit(
     outcome: Outcome,
 ) -> Admission:
     """Hold what the call may use and write it down. Raises OverLimit, OverBudget, UnpricedModel, Unavailable."""
-    ceiling = asked.head.ceiling()
-    output = (OUTPUT_WHEN_UNSAID if ceiling is None else max(0, ceiling)) * asked.head.choices()
     estimate = estimated_input(asked.size)
     request_id = incoming.id
-    outcome.shadowed = await limits.reserve(
-        Hold(
-            request_id=request_id,
-            at=incoming.at,
-            scopes=scopes_of(principal),
-            limits=principal.limits,
-            tokens=estimate + (output if ceiling is not None else 0),
-            money=dearest(targets, catalog, incoming.at, asked.size, output) if principal.limits else 0,
-        )
-    )
+    outcome.granted = await limits.reserve(hold_of(request_id, incoming.at, principal, asked, targets, catalog))
     try:
         write_down(incoming, principal, asked, targets[0], estimate, catalog, journal)
     except BaseException:
@@ -50,12 +43,27 @@ async def admit(
         raise
     return Admission(
         request_id=incoming.id,
+        at_ms=incoming.at_ms,
         principal=principal,
         endpoint=asked.endpoint,
         model=redact.name(asked.model),
         stream=asked.stream,
         input_estimate=estimate,
         started=time.monotonic(),
+    )
+
+
+def hold_of(request_id: str, at: float, principal: Principal, asked: Asked, targets: Sequence[Target], catalog: Catalog) -> Hold:
+    """The most that the call may use, of everything that may be limited."""
+    ceiling = asked.head.ceiling()
+    output = (OUTPUT_WHEN_UNSAID if ceiling is None else max(0, ceiling)) * asked.head.choices()
+    return Hold(
+        request_id=request_id,
+        at=at,
+        scopes=principal.scopes,
+        limits=principal.limits,
+        tokens=estimated_input(asked.size) + (output if ceiling is not None else 0),
+        money=dearest(targets, catalog, at, asked.size + pictures_in(asked.body) * PICTURE_TOKENS, output) if principal.limits else 0,
     )
 
 
@@ -68,7 +76,7 @@ def write_down(
         journal.admitted(
             Admitted(
                 request_id=incoming.id,
-                at=milliseconds_of(incoming.id),
+                at=incoming.at_ms,
                 organization=principal.organization_id,
                 team=principal.team_id,
                 user=principal.user_id,
@@ -95,10 +103,23 @@ def estimated_input(size: int) -> int:
     return -(-size // 4)
 
 
+def pictures_in(body: Json) -> int:
+    """How many pictures a chat or a response is asked about."""
+    messages = body.get("messages") or body.get("input")
+    return sum(_pictures_of(message) for message in messages) if isinstance(messages, list) else 0
+
+
+def _pictures_of(message: object) -> int:
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list):
+        return 0
+    return sum(isinstance(part, dict) and part.get("type") in ("image_url", "input_image") for part in parts)
+
+
 def dearest(targets: Sequence[Target], catalog: Catalog, at: float, size: int, output: int) -> int | None:
     """The most that any of the targets could charge, in micro-dollars; None when one has no price.
 
-    A token has at least one byte, so the size of the body bounds its tokens."""
+    `size`: the most tokens of its input. A token has at least one byte, so the size of the body bounds those of text."""
     most = 0
     for target in targets:
         price = catalog.prices.find(target.public_model, at)
@@ -106,12 +127,3 @@ def dearest(targets: Sequence[Target], catalog: Catalog, at: float, size: int, o
             return None
         most = max(most, price.most(size, output))
     return most
-
-
-def scopes_of(principal: Principal) -> tuple[str, ...]:
-    scopes = (
-        f"organization:{principal.organization_id}",
-        f"user:{principal.user_id}@{principal.organization_id}",
-        f"key:{principal.key_id}",
-    )
-    return (*scopes, f"team:{principal.team_id}") if principal.team_id is not None else scopes

@@ -6,15 +6,16 @@ import time
 
 from providers.price import Tokens
 from providers.secrets import redact
-from proxy.call import Admission, Outcome, milliseconds_of
+from proxy.call import Admission, Outcome
 from proxy.journal import Journal, Settled
+from proxy.metrics import Metrics
 from proxy.stores.limits import LimitStore
 
 # Calls whose price does not follow from tokens that we could estimate.
 _NOT_BY_TEXT = frozenset({"images/generations", "audio/speech"})
 
 
-def meter(admission: Admission, outcome: Outcome, limits: LimitStore, journal: Journal) -> None:
+def meter(admission: Admission, outcome: Outcome, limits: LimitStore, journal: Journal, metrics: Metrics) -> None:
     tokens, source = counted(admission, outcome)
     unknown = source == "missing" and outcome.status < 400
     cost = outcome.price.cost(tokens) if outcome.price is not None and not unknown else None
@@ -24,7 +25,7 @@ def meter(admission: Admission, outcome: Outcome, limits: LimitStore, journal: J
     journal.settled(
         Settled(
             request_id=admission.request_id,
-            at=milliseconds_of(admission.request_id),
+            at=admission.at_ms,
             organization=principal.organization_id,
             team=principal.team_id,
             user=principal.user_id,
@@ -45,6 +46,7 @@ def meter(admission: Admission, outcome: Outcome, limits: LimitStore, journal: J
             reasoning=tokens.reasoning,
             cost=cost,
             price=outcome.price.id if outcome.price is not None and cost is not None else None,
+            upstream_cost=tokens.upstream_cost,
             usage_source=source,
             first_byte_ms=_milliseconds(admission.started, outcome.first_byte) if outcome.first_byte is not None else None,
             duration_ms=_milliseconds(admission.started, now),
@@ -52,6 +54,7 @@ def meter(admission: Admission, outcome: Outcome, limits: LimitStore, journal: J
     )
     # What could not be priced keeps what was held for it, or a hard budget would never end.
     limits.settle(admission.request_id, tokens.total, cost)
+    metrics.settle(admission, outcome, tokens, cost, source)
 
 
 def counted(admission: Admission, outcome: Outcome) -> tuple[Tokens, str]:

@@ -9,30 +9,49 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from providers.adapter import Reader
 from providers.secrets import redact
 from providers.wire import ApiError, Json, encode_json, event
-from proxy.call import Send
+from proxy.call import Granted, Headers, Line, Message, Send
 from proxy.errors import WrongMethod
 
 HEARTBEAT = b": keep-alive\n\n"
 # Handshake events are held until content comes, so that another target can still be tried; no more than this.
 MOST_HELD_BYTES = 256 << 10
 
-Headers = list[tuple[bytes, bytes]]
+_OF_REQUESTS = (b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests")
+_OF_TOKENS = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
 Wait = Callable[[], Awaitable[None]]
 
 
 class Reply:
     """One answer. Knows what has been said already, so that whatever happens is said in the right form."""
 
-    def __init__(self, send: Send, request_id: str, cors: Headers, *, seed_errors: bool = False) -> None:
+    def __init__(self, send: Send, request_id: str, cors: Headers, *, line: Line | None = None, seed_errors: bool = False) -> None:
         self._send = send
+        self._line = line
         self._headers: Headers = [(b"x-request-id", request_id.encode()), *cors]
         self._seed_errors = seed_errors
         self.started = False
         self.content_sent = False
         self.finished = False
+        self.mute = False
         self._sending = False
         self._heartbeat: asyncio.TimerHandle | None = None
         self._beat_task: asyncio.Task[None] | None = None
+
+    def is_awaited(self) -> bool:
+        """Whether there is still something to be said."""
+        return not self.finished
+
+    def silence(self) -> None:
+        """Nobody listens any more: whatever is said from now on is dropped, and nothing waits for it to be taken."""
+        self.quiet()
+        self.mute, self._send, self._line = True, _drop, None
+
+    def rates(self, granted: Granted) -> None:
+        """From now on every answer says what is left of the caller's limits per minute."""
+        for names, room in ((_OF_REQUESTS, granted.requests), (_OF_TOKENS, granted.tokens)):
+            if room is not None:
+                values = b"%d" % room.limit, b"%d" % room.remaining, _duration(room.reset_seconds)
+                self._headers += zip(names, values, strict=True)
 
     async def whole(
         self,
@@ -45,27 +64,34 @@ class Reply:
     ) -> None:
         """A whole answer. With `before_closing` the connection is closed after it, once that has been awaited."""
         self.quiet()
-        head = [(b"content-type", content_type.encode("latin-1", "replace")), (b"content-length", str(len(body)).encode())]
+        if not content_type.isprintable():
+            content_type = "application/octet-stream"  # an upstream's word, which must not begin a header of its own
+        head = [(b"content-type", content_type.encode("latin-1", "replace")), (b"content-length", b"%d" % len(body))]
         if before_closing is not None:
             head.append((b"connection", b"close"))
         self.started = self.content_sent = True
-        await self._send({"type": "http.response.start", "status": status, "headers": head + self._headers + (headers or [])})
-        await self._send({"type": "http.response.body", "body": body, "more_body": before_closing is not None})
-        if before_closing is not None:
-            await before_closing()
-            await self._send({"type": "http.response.body", "body": b""})
+        head += self._headers
+        if headers:
+            head += headers
+        if self._line is None or before_closing is not None or not self._line.say(status, head, body):
+            await self._send({"type": "http.response.start", "status": status, "headers": head})
+            await self._send({"type": "http.response.body", "body": body, "more_body": before_closing is not None})
+            if before_closing is not None:
+                await before_closing()
+                await self._send({"type": "http.response.body", "body": b""})
         self.finished = True
 
-    async def json(self, value: object) -> None:
-        await self.whole(200, encode_json(value))
+    async def json(self, value: object, *, before_closing: Wait | None = None) -> None:
+        await self.whole(200, encode_json(value), before_closing=before_closing)
 
-    async def error(self, problem: ApiError, *, before_closing: Wait | None = None) -> None:
-        """An error object; inside a stream that has begun it is the last event, and no [DONE] follows."""
+    async def error(self, problem: ApiError, *, before_closing: Wait | None = None, cut: bool = False) -> None:
+        """An error object; inside a stream that has begun it is the last event, and no [DONE] follows. With `cut` the answer
+        gets no end: who raises next has the connection closed."""
         self.quiet()
         if self.finished:
             return
         if self.started:
-            await self._body(event(_said(problem)), more=False)
+            await self._body(event(_said(problem)), more=cut)
             self.finished = True
             return
         body = _said(problem)
@@ -76,7 +102,8 @@ class Reply:
     async def events(self, data: bytes) -> None:
         """Whole events of a stream; the status line goes out with the first."""
         self.content_sent = True
-        await self._begin()
+        if not self.started:
+            await self._begin()
         await self._body(data, more=True)
 
     async def end(self) -> None:
@@ -122,6 +149,8 @@ class Reply:
     async def _body(self, data: bytes, *, more: bool) -> None:
         if self._heartbeat is not None:
             self._last = asyncio.get_running_loop().time()
+        if self._line is not None and self._line.go_on(data, more=more):
+            return
         self._sending = True
         try:
             await self._send({"type": "http.response.body", "body": data, "more_body": more})
@@ -151,11 +180,23 @@ async def stream(reply: Reply, chunks: AsyncIterator[bytes], reader: Reader) -> 
     await reply.end()
 
 
+async def _drop(message: Message) -> None:
+    pass
+
+
 def _said(problem: ApiError) -> Json:
     """The error object. What a client or an upstream said may be quoted in it, and a secret with it: that stays out."""
     body = problem.body()
     body["error"]["message"] = redact(body["error"]["message"])
     return body
+
+
+def _duration(seconds: float) -> bytes:
+    """As OpenAI writes it: 350ms, 12.5s, 1m0s."""
+    if seconds < 1:
+        return b"%dms" % math.ceil(seconds * 1000)
+    minutes, rest = divmod(math.ceil(seconds * 10) / 10, 60)
+    return (f"{minutes:g}m" if minutes else "").encode() + f"{rest:g}s".encode()
 
 
 def _error_headers(problem: ApiError) -> Headers:

@@ -4,46 +4,58 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import msgspec
 
 from providers import registry, wire
-from providers.adapter import Ask, Reader, Target, Whole
+from providers.adapter import Ask, FirstCalls, Reader, Target, Whole
 from providers.exchange import Outgoing
 from providers.failures import UpstreamFailure
 from providers.wire import Head, Json
-from proxy.call import Asked
-from proxy.errors import InvalidRequest
+from proxy.call import Asked, Incoming
+from proxy.catalog import Parameters
+from proxy.errors import InvalidRequest, Unavailable
 
 # Fields that name where to connect or with what secret: that is never the client's to say.
-FORBIDDEN = ("api_base", "base_url", "api_key", "headers", "extra_headers", "extra_query", "extra_body", "proxy")
+FORBIDDEN = frozenset({"api_base", "base_url", "api_key", "headers", "extra_headers", "extra_query", "extra_body", "proxy"})
 
 STREAMS = frozenset({"chat/completions", "completions", "responses", "images/generations", "audio/speech"})
 
 # Longer than any alias, or prefix and id, that the database can hold.
 MOST_NAME_LENGTH = 512
 
+# What encoding raises for a value that JSON, or UTF-8, cannot carry.
+UNSENDABLE = (OverflowError, RecursionError, UnicodeEncodeError)
+# A body of honest size can hold millions of values, of which each costs the process a hundred bytes or more, and all of them a
+# second in which it does nothing else. The largest honest request is a list of 300 000 tokens to embed.
+MOST_VALUES = 400_000
+MOST_PARTS = 100_000  # lists and objects; of strings twice as many
+
 # The OpenAI-workers seed filled these in where the client sent nothing (protocol reference 4.1).
 SEED_DEFAULTS: Json = {"model": "gpt-3.5-turbo", "temperature": 0.7, "max_tokens": 1000, "stream": False}
 _REASONING_MODEL = re.compile(r"(?:^|/)(?:o[1-9]|gpt-5)")
 
 
-def read(endpoint: str, head: type[Head], raw: bytes, *, content_type: str, default_model: str | None = None, seed: bool = False) -> Asked:
+def read(
+    endpoint: str, head: type[Head], raw: bytes, *, content_type: bytes, default_model: str | None = None, seed: bool = False
+) -> Asked:
     """The request's body, checked. Raises InvalidRequest with the parameter that is wrong."""
-    if content_type and content_type.partition(";")[0].strip().lower() not in ("application/json", "text/json"):
-        raise InvalidRequest(
-            f"Unsupported content type: '{content_type[:100]}'. This API accepts 'application/json'.", code="unsupported_content_type"
-        )
+    if content_type and content_type != b"application/json" and not _is_json(content_type):
+        said = content_type[:100].decode("latin-1")
+        raise InvalidRequest(f"Unsupported content type: '{said}'. This API accepts 'application/json'.", code="unsupported_content_type")
+    if len(raw) > MOST_PARTS:
+        _check_values(raw)
     body = _decoded(raw)
     if seed:
         body = with_seed_defaults(body)
         raw = wire.encode_json(body)
     try:
-        fields = msgspec.json.decode(raw, type=head)
+        fields = _decoder(head).decode(raw)
     except msgspec.ValidationError as problem:
         raise _wrong_type(problem) from None
-    for name in FORBIDDEN:
-        if name in body:
+    if not FORBIDDEN.isdisjoint(body):
+        for name in sorted(FORBIDDEN.intersection(body)):
             raise InvalidRequest(f"'{name}' may not be set by the client.", param=name, code="unsupported_parameter")
     model = fields.model or default_model
     if not model:
@@ -58,6 +70,15 @@ def read(endpoint: str, head: type[Head], raw: bytes, *, content_type: str, defa
     return Asked(endpoint=endpoint, head=fields, body=body, size=len(raw), model=model, stream=stream)
 
 
+@cache
+def _decoder(head: type[Head]) -> msgspec.json.Decoder[Head]:
+    return msgspec.json.Decoder(head)
+
+
+def _is_json(content_type: bytes) -> bool:
+    return content_type.partition(b";")[0].strip().lower() in (b"application/json", b"text/json")
+
+
 def with_seed_defaults(body: Json) -> Json:
     """The seed's four defaults, only where the client sent nothing; `null` counts as nothing."""
     defaults = dict(SEED_DEFAULTS)
@@ -67,6 +88,36 @@ def with_seed_defaults(body: Json) -> Json:
         defaults.pop("max_tokens", None)
         del defaults["temperature"]
     return defaults | {name: value for name, value in body.items() if value is not None or name not in SEED_DEFAULTS}
+
+
+def with_parameters(asked: Asked, parameters: Parameters) -> Asked:
+    """What is asked, as the alias wants it: first the drops, then the defaults where nothing is left, then the overrides.
+
+    Raises Unavailable where this API does not take that: the alias is ours to mend."""
+    if not parameters:
+        return asked
+    body = {name: value for name, value in asked.body.items() if name not in parameters.drops}
+    for name, value in parameters.defaults.items():
+        if all(body.get(other) is None for other in _alike(name)):  # `null` counts as nothing
+            body[name] = value
+    for name, value in parameters.overrides.items():
+        for other in _alike(name):
+            body.pop(other, None)
+        body[name] = value
+    raw = wire.encode_json(body)
+    try:
+        head = msgspec.json.decode(raw, type=type(asked.head))
+    except msgspec.ValidationError:
+        raise Unavailable("The alias of this model sets a parameter to what this API does not take.", code="alias_misconfigured") from None
+    return msgspec.structs.replace(asked, head=head, body=body, size=len(raw))
+
+
+def _alike(name: str) -> tuple[str, ...]:
+    """The parameters that mean the same: an upstream that is sent both refuses the call."""
+    return _ONE_CEILING if name in _ONE_CEILING else (name,)
+
+
+_ONE_CEILING = ("max_tokens", "max_completion_tokens")
 
 
 def that_have(targets: Sequence[Target], endpoint: str) -> list[Target]:
@@ -79,24 +130,46 @@ def that_have(targets: Sequence[Target], endpoint: str) -> list[Target]:
     return having
 
 
-def ask_of(asked: Asked, request_id: str, *, add_usage_option: bool) -> Ask:
+def ask_of(asked: Asked, incoming: Incoming, target: Target, learned: dict[str, str], *, add_usage_option: bool) -> Ask:
     options = getattr(asked.head, "stream_options", None)
-    return Ask(
+    ask = Ask(
         endpoint=asked.endpoint,
         body=asked.body,
         stream=asked.stream,
-        request_id=request_id,
+        request_id=incoming.id,
         client_wants_usage=bool(options and options.include_usage),
         add_usage_option=add_usage_option,
+        learned=learned,
     )
+    if reads := registry.adapter(target.kind).reads:
+        sent = {name: incoming.headers.get(name.encode(), b"") for name in reads}
+        ask.headers = {name: value.decode("latin-1").strip() for name, value in sent.items() if value}
+    return ask
 
 
 def outgoing(ask: Ask, target: Target) -> Outgoing:
     """Raises InvalidRequest for a value that cannot be sent."""
     try:
         return registry.adapter(target.kind).request(ask, target)
-    except (OverflowError, RecursionError, UnicodeEncodeError):
-        raise InvalidRequest("The request holds a value that JSON cannot carry.", code="invalid_json") from None
+    except UNSENDABLE:
+        raise _unsendable() from None
+
+
+def _unsendable() -> InvalidRequest:
+    return InvalidRequest("The request holds a value that JSON cannot carry.", code="invalid_json")
+
+
+def first_calls(ask: Ask, target: Target) -> FirstCalls | None:
+    """What has to be asked before the call itself. None for most kinds. Raises InvalidRequest as `outgoing` does."""
+    calls = registry.adapter(target.kind).first_calls(ask, target)
+    return None if calls is None else _that_can_be_sent(calls)
+
+
+def _that_can_be_sent(calls: FirstCalls) -> FirstCalls:
+    try:
+        return (yield from calls)
+    except UNSENDABLE:
+        raise _unsendable() from None
 
 
 def reader(ask: Ask, target: Target) -> Reader:
@@ -110,6 +183,18 @@ def whole(ask: Ask, target: Target, body: bytes, content_type: str) -> Whole:
 
 def failure(target: Target, status: int, headers: Mapping[str, str], body: bytes) -> UpstreamFailure:
     return registry.adapter(target.kind).failure(target, status, headers, body)
+
+
+def _check_values(raw: bytes) -> None:
+    """Refuse what would become too many values, before it does. Text may hold as many commas and brackets as it likes."""
+    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") <= MOST_PARTS:
+        return
+    unescaped = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if unescaped.count(b'"') <= 4 * MOST_PARTS:
+        outside = b"".join(unescaped.split(b'"')[::2])
+        if outside.count(b"[") + outside.count(b"{") <= MOST_PARTS and outside.count(b",") <= MOST_VALUES:
+            return
+    raise InvalidRequest("The body holds more values than any honest request.", code="body_too_complex")
 
 
 def _decoded(raw: bytes) -> Json:

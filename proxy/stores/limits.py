@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Protocol
 from zoneinfo import ZoneInfo
 
+from msgspec import Struct
+
 from accounts.principal import Limit
+from proxy.call import Granted
+from proxy.errors import OverBudget, OverLimit, UnpricedModel
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(Struct, frozen=True):
     """What one request may come to use. Amounts are the worst case; `settle` puts the truth in their place."""
 
     request_id: str
@@ -28,15 +30,36 @@ Budget = tuple[str, str, str]
 
 
 class LimitStore(Protocol):
-    async def reserve(self, hold: Hold) -> tuple[str, ...]:
-        """All limits at once or none. Gives the codes that shadow limits would have refused with.
-
-        Raises OverLimit, OverBudget or UnpricedModel."""
+    async def reserve(self, hold: Hold) -> Granted:
+        """All limits at once or none. Raises OverLimit, OverBudget or UnpricedModel, and Unavailable when a budget cannot be asked."""
 
     def settle(self, request_id: str, tokens: int, money: int | None) -> None:
         """Put what was really used in place of what was held; None = not known, then the hold is what was spent.
 
         A second time it does nothing."""
+
+
+def budget_of(limit: Limit) -> Budget:
+    return (limit.scope, limit.window, limit.time_zone)
+
+
+def no_price() -> UnpricedModel:
+    return UnpricedModel("This model has no price, and a money limit applies to this key: ask your administrator to price it.")
+
+
+def over_rate(limit: Limit, retry_after_seconds: float) -> OverLimit:
+    what = "tokens" if limit.metric == "tpm" else "requests"
+    said = f"Too many {what}: the limit is {limit.amount} per minute." if limit.amount else f"No {what} are allowed."
+    return OverLimit(said, retry_after_seconds=retry_after_seconds)
+
+
+def over_open(limit: Limit) -> OverLimit:
+    said = f"Too many open requests: the limit is {limit.amount}."
+    return OverLimit(said, code="concurrency_limit_exceeded", retry_after_seconds=1)
+
+
+def over_budget(limit: Limit) -> OverBudget:
+    return OverBudget(f"This request could exceed the budget of {limit.amount / 1e6:g} USD per {limit.window}.")
 
 
 @lru_cache(maxsize=4096)

@@ -7,51 +7,68 @@ from collections.abc import Callable, Iterable, Mapping
 
 from accounts.principal import Limit
 from providers.wire import ApiError
-from proxy.errors import OverBudget, OverLimit, UnpricedModel
-from proxy.stores.limits import Budget, Hold, window_start
+from proxy.call import FREE, Granted, Room
+from proxy.errors import OverLimit
+from proxy.stores.limits import Budget, Hold, budget_of, no_price, over_budget, over_open, over_rate, window_start
 
 MINUTE = 60.0
+Counters = dict[tuple[Budget, float], int]  # micro-dollars by budget and the beginning of its window
 
 
 class MemoryLimits:
-    """Requests and tokens per minute as GCRA (a theoretical arrival time each), open requests, money by window."""
+    """Requests and tokens per minute as GCRA (a theoretical arrival time each), open requests, money by window.
+
+    A caller's limits become gates once, when it first calls: a request then only asks each gate."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._holds: dict[str, Hold] = {}
-        self._arrival: dict[tuple[str, str], float] = {}
+        self._holds: dict[str, tuple[Hold, list[Gate]]] = {}
+        self._arrivals: dict[tuple[str, str], Arrival] = {}
         self._open: dict[str, int] = {}
         self._tracked: dict[str, set[Budget]] = {}
-        self._spent: dict[tuple[Budget, float], int] = {}
-        self._held: dict[tuple[Budget, float], int] = {}
+        self._spent: Counters = {}
+        self._held: Counters = {}
+        self._gates: dict[int, tuple[tuple[Limit, ...], list[Gate]]] = {}  # by the identity of the limits, which are kept with it
 
-    async def reserve(self, hold: Hold) -> tuple[str, ...]:
+    async def reserve(self, hold: Hold) -> Granted:
+        return self.take(hold)
+
+    def take(self, hold: Hold) -> Granted:
+        """`reserve`, for those who cannot wait."""
+        gates = self._gates_of(hold.limits)
+        if not gates:
+            self._holds[hold.request_id] = hold, gates
+            return FREE
         now = self._clock()
         shadowed: list[str] = []
-        for limit in hold.limits:
-            problem = self._refusal(limit, hold, now)
+        for gate in gates:
+            problem = gate.refusal(hold, now)
             if problem is None:
                 continue
-            if limit.enforce:
+            if gate.enforce:
+                if isinstance(problem, OverLimit):
+                    problem.granted = _left(gates, now)
                 raise problem
             shadowed.append(f"shadow:{problem.code}")
-        self._take(hold, now)
-        return tuple(shadowed)
+        for gate in gates:
+            gate.take(hold, now)
+        self._holds[hold.request_id] = hold, gates
+        return _left(gates, now, tuple(shadowed))
+
+    def look(self, hold: Hold) -> list[tuple[Limit, ApiError | None]]:
+        """What each limit would say to this hold now. Nothing is taken."""
+        now = self._clock()
+        return [(gate.limit, gate.refusal(hold, now)) for gate in self._gates_of(hold.limits)]
 
     def settle(self, request_id: str, tokens: int, money: int | None) -> None:
-        hold = self._holds.pop(request_id, None)
+        hold, gates = self._holds.pop(request_id, (None, ()))
         if hold is None:
             return
         if money is None:
             money = hold.money or 0
-        for limit in hold.limits:
-            if limit.metric == "concurrency":
-                self._leave(limit.scope)
-            elif limit.metric == "tpm" and limit.amount:
-                key = (limit.scope, "tpm")
-                self._arrival[key] = self._arrival.get(key, self._clock()) + (tokens - _token_cost(limit, hold)) * MINUTE / limit.amount
-            elif limit.metric == "money":
-                self._add(self._held, limit, hold, -(hold.money or 0))
+        now = self._clock()
+        for gate in gates:
+            gate.settle(hold, tokens, now)
         for scope in hold.scopes:
             for budget in self._tracked.get(scope, ()):
                 counter = (budget, window_start(budget[1], budget[2], hold.at))
@@ -62,7 +79,7 @@ class MemoryLimits:
 
     def untracked(self, limits: Iterable[Limit]) -> set[Budget]:
         """The budgets among these whose past spending is not known here yet."""
-        budgets = {_budget(limit) for limit in limits}
+        budgets = {budget_of(limit) for limit in limits}
         return {budget for budget in budgets if budget not in self._tracked.get(budget[0], ())}
 
     def track(self, budgets: Iterable[Budget]) -> None:
@@ -75,7 +92,8 @@ class MemoryLimits:
         gone = set(budgets)
         for budget in gone:
             self._tracked.get(budget[0], set()).discard(budget)
-        self._spent = {counter: money for counter, money in self._spent.items() if counter[0] not in gone}
+        for counter in [counter for counter in self._spent if counter[0] in gone]:
+            del self._spent[counter]
 
     def add_spent(self, spent: Mapping[tuple[Budget, float], int]) -> None:
         for counter, money in spent.items():
@@ -83,78 +101,162 @@ class MemoryLimits:
 
     def spent(self, limit: Limit, at: float) -> int:
         """Micro-dollars settled in the window that `at` lies in."""
-        return self._spent.get((_budget(limit), window_start(limit.window, limit.time_zone, at)), 0)
+        return self._spent.get((budget_of(limit), window_start(limit.window, limit.time_zone, at)), 0)
 
     def forget_past_windows(self, now: float) -> None:
-        """Drop the counters of windows that are over and arrival times that no longer matter."""
-        self._spent = {
-            (budget, start): money
-            for (budget, start), money in self._spent.items()
-            if start >= window_start(budget[1], budget[2], now) - 86_400
-        }
+        """Drop the counters of windows that are over, arrival times that no longer matter, and the gates of past callers."""
+        for counter in [(budget, start) for budget, start in self._spent if start < window_start(budget[1], budget[2], now) - 86_400]:
+            del self._spent[counter]
         moment = self._clock()
-        self._arrival = {key: arrival for key, arrival in self._arrival.items() if arrival > moment}
+        self._gates.clear()  # before the arrivals: a gate holds on to its own
+        held = {id(gate.arrival) for _, gates in self._holds.values() for gate in gates if isinstance(gate, RateGate)}
+        self._arrivals = {key: one for key, one in self._arrivals.items() if one.at > moment or id(one) in held}
 
-    def _refusal(self, limit: Limit, hold: Hold, now: float) -> ApiError | None:
-        if limit.metric == "rpm":
-            return self._too_fast(limit, "rpm", 1, now, "requests")
-        if limit.metric == "tpm":
-            return self._too_fast(limit, "tpm", _token_cost(limit, hold), now, "tokens")
-        if limit.metric == "concurrency":
-            if self._open.get(limit.scope, 0) < limit.amount:
-                return None
-            return OverLimit(
-                f"Too many open requests: the limit is {limit.amount}.", code="concurrency_limit_exceeded", retry_after_seconds=1
-            )
-        if hold.money is None:
-            return UnpricedModel("This model has no price, and a money limit applies to this key: ask your administrator to price it.")
-        counter = (_budget(limit), window_start(limit.window, limit.time_zone, hold.at))
-        if self._spent.get(counter, 0) + self._held.get(counter, 0) + hold.money <= limit.amount:
-            return None
-        return OverBudget(f"This request could exceed the budget of {limit.amount / 1e6:g} USD per {limit.window}.")
+    def _gates_of(self, limits: tuple[Limit, ...]) -> list[Gate]:
+        known = self._gates.get(id(limits))
+        if known is None or known[0] is not limits:
+            known = self._gates[id(limits)] = limits, [self._gate(limit) for limit in limits]
+        return known[1]
 
-    def _too_fast(self, limit: Limit, metric: str, cost: int, now: float, what: str) -> OverLimit | None:
-        if not limit.amount:
-            return OverLimit(f"No {what} are allowed.", retry_after_seconds=MINUTE)
-        wait = max(self._arrival.get((limit.scope, metric), 0.0), now) + cost * MINUTE / limit.amount - now - MINUTE
+    def _gate(self, limit: Limit) -> Gate:
+        if limit.metric in ("rpm", "tpm"):
+            return RateGate(limit, self._arrivals.setdefault((limit.scope, limit.metric), Arrival()))
+        return OpenGate(limit, self._open) if limit.metric == "concurrency" else MoneyGate(limit, self._spent, self._held)
+
+
+class Gate:
+    """One limit of one caller, with the counters it looks at."""
+
+    __slots__ = ("enforce", "limit")
+
+    def __init__(self, limit: Limit) -> None:
+        self.limit = limit
+        self.enforce = limit.enforce
+
+    def refusal(self, hold: Hold, now: float) -> ApiError | None:
+        raise NotImplementedError
+
+    def take(self, hold: Hold, now: float) -> None:
+        raise NotImplementedError
+
+    def settle(self, hold: Hold, tokens: int, now: float) -> None:
+        """The request is over: `tokens` is what it used."""
+        raise NotImplementedError
+
+
+class Arrival:
+    """When the next request would arrive if all came evenly: monotonic seconds."""
+
+    __slots__ = ("at",)
+
+    def __init__(self) -> None:
+        self.at = 0.0
+
+
+class RateGate(Gate):
+    __slots__ = ("amount", "arrival", "by_tokens", "each_seconds")
+
+    def __init__(self, limit: Limit, arrival: Arrival) -> None:
+        super().__init__(limit)
+        self.arrival = arrival
+        self.amount = limit.amount
+        self.by_tokens = limit.metric == "tpm"
+        self.each_seconds = MINUTE / limit.amount if limit.amount else 0.0
+
+    def refusal(self, hold: Hold, now: float) -> ApiError | None:
+        if not self.amount:
+            return over_rate(self.limit, MINUTE)
+        at = self.arrival.at
+        wait = (at if at > now else now) + self._cost(hold) * self.each_seconds - now - MINUTE
         if wait <= 1e-6:
             return None
-        return OverLimit(f"Too many {what}: the limit is {limit.amount} per minute.", retry_after_seconds=wait)
+        return over_rate(self.limit, wait)
 
-    def _take(self, hold: Hold, now: float) -> None:
-        self._holds[hold.request_id] = hold
-        for limit in hold.limits:
-            if limit.metric in ("rpm", "tpm"):
-                if limit.amount:
-                    cost = 1 if limit.metric == "rpm" else _token_cost(limit, hold)
-                    key = (limit.scope, limit.metric)
-                    self._arrival[key] = max(self._arrival.get(key, 0.0), now) + cost * MINUTE / limit.amount
-            elif limit.metric == "concurrency":
-                self._open[limit.scope] = self._open.get(limit.scope, 0) + 1
-            else:
-                self._add(self._held, limit, hold, hold.money or 0)
+    def take(self, hold: Hold, now: float) -> None:
+        at = self.arrival.at
+        self.arrival.at = (at if at > now else now) + self._cost(hold) * self.each_seconds
 
-    def _leave(self, scope: str) -> None:
-        left = self._open.get(scope, 0) - 1
+    def room(self, now: float) -> Room:
+        ahead = max(0.0, self.arrival.at - now)
+        left = int((MINUTE - ahead) / self.each_seconds + 1e-6) if self.amount else 0
+        return Room(self.amount, max(0, left), ahead)
+
+    def settle(self, hold: Hold, tokens: int, now: float) -> None:
+        if self.by_tokens:
+            self.arrival.at += (tokens - self._cost(hold)) * self.each_seconds
+
+    def _cost(self, hold: Hold) -> int:
+        # A request larger than a whole minute's allowance may still pass when nothing else does.
+        return min(hold.tokens, self.amount) if self.by_tokens else 1
+
+
+class OpenGate(Gate):
+    __slots__ = ("open",)
+
+    def __init__(self, limit: Limit, counts: dict[str, int]) -> None:
+        super().__init__(limit)
+        self.open = counts
+
+    def refusal(self, hold: Hold, now: float) -> ApiError | None:
+        if self.open.get(self.limit.scope, 0) < self.limit.amount:
+            return None
+        return over_open(self.limit)
+
+    def take(self, hold: Hold, now: float) -> None:
+        self.open[self.limit.scope] = self.open.get(self.limit.scope, 0) + 1
+
+    def settle(self, hold: Hold, tokens: int, now: float) -> None:
+        left = self.open.get(self.limit.scope, 0) - 1
         if left > 0:
-            self._open[scope] = left
+            self.open[self.limit.scope] = left
         else:
-            self._open.pop(scope, None)
+            self.open.pop(self.limit.scope, None)
 
-    @staticmethod
-    def _add(counters: dict[tuple[Budget, float], int], limit: Limit, hold: Hold, money: int) -> None:
-        counter = (_budget(limit), window_start(limit.window, limit.time_zone, hold.at))
-        total = counters.get(counter, 0) + money
+
+class MoneyGate(Gate):
+    __slots__ = ("budget", "held", "spent")
+
+    def __init__(self, limit: Limit, spent: Counters, held: Counters) -> None:
+        super().__init__(limit)
+        self.spent, self.held = spent, held
+        self.budget = budget_of(limit)
+
+    def refusal(self, hold: Hold, now: float) -> ApiError | None:
+        if hold.money is None:
+            return no_price()
+        counter, limit = self._counter(hold), self.limit
+        if self.spent.get(counter, 0) + self.held.get(counter, 0) + hold.money <= limit.amount:
+            return None
+        return over_budget(limit)
+
+    def take(self, hold: Hold, now: float) -> None:
+        self._hold_more(hold, hold.money or 0)
+
+    def settle(self, hold: Hold, tokens: int, now: float) -> None:
+        self._hold_more(hold, -(hold.money or 0))
+
+    def _counter(self, hold: Hold) -> tuple[Budget, float]:
+        return self.budget, window_start(self.budget[1], self.budget[2], hold.at)
+
+    def _hold_more(self, hold: Hold, money: int) -> None:
+        counter = self._counter(hold)
+        total = self.held.get(counter, 0) + money
         if total:
-            counters[counter] = total
+            self.held[counter] = total
         else:
-            counters.pop(counter, None)
+            self.held.pop(counter, None)
 
 
-def _token_cost(limit: Limit, hold: Hold) -> int:
-    # A request larger than a whole minute's allowance may still pass when nothing else does.
-    return min(hold.tokens, limit.amount)
-
-
-def _budget(limit: Limit) -> Budget:
-    return (limit.scope, limit.window, limit.time_zone)
+def _left(gates: Iterable[Gate], now: float, shadowed: tuple[str, ...] = ()) -> Granted:
+    """The tightest of what is left, as those see it who are held to it."""
+    requests: Room | None = None
+    tokens: Room | None = None
+    for gate in gates:
+        if not isinstance(gate, RateGate) or not gate.enforce:
+            continue
+        room = gate.room(now)
+        if gate.by_tokens:
+            tokens = room if tokens is None or room.remaining < tokens.remaining else tokens
+        else:
+            requests = room if requests is None or room.remaining < requests.remaining else requests
+    return Granted(shadowed, requests, tokens) if requests or tokens or shadowed else FREE

@@ -1,6 +1,5 @@
 // Draws a key's usage. The figures come with the page; the table below the chart has the same ones.
 
-const data = JSON.parse(document.getElementById("chart-data").textContent);
 const canvas = document.getElementById("chart");
 const legend = document.getElementById("legend");
 // The page writes its figures in English.
@@ -10,21 +9,27 @@ const dollars = (value) =>
   new Intl.NumberFormat("en", { style: "currency", currency: "USD", maximumFractionDigits: value !== 0 && Math.abs(value) < 0.1 ? 6 : 2 }).format(value);
 
 const less = (all, part) => all.map((value, index) => value - part[index]);
-const views = {
-  requests: [
-    { name: "answered", colour: "fresh", values: less(data.requests, data.errors) },
-    { name: "failed", colour: "error", values: data.errors },
-  ],
-  cost: [{ name: "cost", colour: "fresh", values: data.cost, format: dollars }],
-  tokens: [
-    { name: "fresh input", colour: "fresh", values: data.fresh_input },
-    { name: "cache read", colour: "read", values: data.cache_read },
-    { name: "cache write", colour: "write", values: data.cache_write },
-    { name: "output", colour: "output", values: data.output },
-    { name: "reasoning", colour: "reasoning", values: data.reasoning },
-  ],
-  errors: [{ name: "failed", colour: "error", values: data.errors }],
-};
+let data = null;
+let views = null;
+
+function read() {
+  data = JSON.parse(document.getElementById("chart-data").textContent);
+  views = {
+    requests: [
+      { name: "answered", colour: "fresh", values: less(data.requests, data.errors) },
+      { name: "failed", colour: "error", values: data.errors },
+    ],
+    cost: [{ name: "cost", colour: "fresh", values: data.cost, format: dollars }],
+    tokens: [
+      { name: "fresh input", colour: "fresh", values: data.fresh_input },
+      { name: "cache read", colour: "read", values: data.cache_read },
+      { name: "cache write", colour: "write", values: data.cache_write },
+      { name: "output", colour: "output", values: data.output },
+      { name: "reasoning", colour: "reasoning", values: data.reasoning },
+    ],
+    errors: [{ name: "failed", colour: "error", values: data.errors }],
+  };
+}
 
 let shown = "requests";
 let chart = null;
@@ -126,5 +131,10 @@ for (const button of document.querySelectorAll("[data-chart]")) {
   });
 }
 document.addEventListener("themechange", draw);
+document.addEventListener("figureschange", () => {
+  read();
+  draw();
+});
 Chart.defaults.font.family = getComputedStyle(document.body).fontFamily;
+read();
 draw();

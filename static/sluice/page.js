@@ -48,12 +48,15 @@ function ago(at) {
   return day.format(at);
 }
 
-for (const element of document.querySelectorAll("time[data-show]")) {
-  const at = new Date(element.dateTime);
-  if (Number.isNaN(at.getTime())) continue;
-  element.title = exact.format(at);
-  element.textContent = element.dataset.show === "ago" ? ago(at) : (styles[element.dataset.show] || moment).format(at);
+export function localize(part) {
+  for (const element of part.querySelectorAll("time[data-show]")) {
+    const at = new Date(element.dateTime);
+    if (Number.isNaN(at.getTime())) continue;
+    element.title = exact.format(at);
+    element.textContent = element.dataset.show === "ago" ? ago(at) : (styles[element.dataset.show] || moment).format(at);
+  }
 }
+localize(document);
 
 // A copy button names what it copies by id, and says what came of it.
 async function copy(button) {

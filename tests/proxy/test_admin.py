@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import uuid
 from datetime import timedelta
@@ -14,7 +15,7 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from accounts.models import ApiKey, AuditEntry
-from proxy.admin import MOST_PAGES, ReadOnly
+from proxy.admin import ReadOnly
 from proxy.models import RefusedCalls, Route, RouteTarget, SnapshotVersion, UsageEvent, UsageTotal
 from tests.accounts.conftest import People
 from tests.proxy.used import used
@@ -70,7 +71,8 @@ def test_a_list_reads_once_newest_first_within_a_window_and_never_counts(operato
     for asked in ("", "?o=5.1", "?window=all", "?window=90d", "?all=", "?_facets=True", "?p=2"):
         [sql] = log_queries(operator, path + asked)
         assert "COUNT(" not in sql.upper()
-        assert "LIMIT 50" in sql
+        assert "LIMIT 51" in sql
+        assert "OFFSET" not in sql
         column = {EVENTS: "at", TOTALS: "slot", REFUSED: "hour"}[path]
         assert re.search(rf'WHERE .*"{column}" >= ', sql)
         assert re.search(r'ORDER BY ("proxy_\w+"\.)?"?\w+"? DESC, ("proxy_\w+"\.)?"?\w+"? DESC LIMIT', sql), sql[-200:]
@@ -132,17 +134,47 @@ def test_filters_narrow_the_log(operator: Client, people: People, key: ApiKey):
     assert rows(operator, f"{EVENTS}?organization__id__exact={people.rival.pk}") == 0
 
 
-def test_pages_end(operator: Client, key: ApiKey, monkeypatch):
-    monkeypatch.setattr("proxy.admin.MOST_PAGES", 2)
+@pytest.mark.parametrize("path", LOG)
+def test_a_list_goes_on_behind_its_last_row_and_passes_no_rows_by(operator: Client, key: ApiKey, monkeypatch, path: str):
     monkeypatch.setattr(ReadOnly, "list_per_page", 2)
-    for _ in range(7):
-        used(key)
+    now = timezone.now()
+    for number in range(7):
+        used(key, now - timedelta(minutes=20 * (number // 2)), served_model=f"model-{number}")  # two in one moment
+        RefusedCalls.objects.create(hour=now - timedelta(hours=number // 2), key_id=key.pk, status=404, code=f"code-{number}")
 
-    assert [rows(operator, f"{EVENTS}?p={number}") for number in (1, 2)] == [2, 2]
-    far = operator.get(f"{EVENTS}?p=900")
-    assert "Lists end at page 2" in far.content.decode()
-    assert "OFFSET 2" in log_queries(operator, f"{EVENTS}?p=900")[0]
-    assert MOST_PAGES * 50 <= 1000
+    seen, asked, pages = [], path, 0
+    while asked:
+        [sql] = log_queries(operator, asked)
+        assert "OFFSET" not in sql
+        answer = operator.get(asked)
+        seen += [row.pk for row in answer.context["cl"].result_list]
+        used(key, now + timedelta(seconds=1), served_model=f"later-{pages}")  # what arrives meanwhile moves no page
+        following = re.search(r'href="([^"]+)" rel="next"', answer.content.decode())
+        asked = path + html.unescape(following[1]) if following else ""
+        pages += 1
+
+    assert pages == 4
+    assert len(seen) == len(set(seen)) == 7
+    assert "Newest" in answer.content.decode()
+
+
+@pytest.mark.parametrize("place", ["x", "~", "2026-01-01~x", "9999-12-31T23:59:59-12:00~1", "2026-01-01T00:00:00~" + "9" * 40])
+def test_a_place_that_no_list_gave_is_no_error(operator: Client, key: ApiKey, place: str):
+    used(key)
+    for path in LOG:
+        assert operator.get(path, {"before": place}).status_code == 200
+
+
+def test_a_filter_that_is_chosen_begins_with_the_newest_rows_again(operator: Client, key: ApiKey, monkeypatch):
+    monkeypatch.setattr(ReadOnly, "list_per_page", 2)
+    for _ in range(5):
+        used(key)
+    following = re.search(r'href="([^"]+)" rel="next"', operator.get(EVENTS).content.decode())
+    assert following
+    content = operator.get(EVENTS + html.unescape(following[1])).content.decode()
+    assert [link for link in re.findall(r'href="(\?[^"]*)"', content) if "before=" in link] == re.findall(
+        r'href="([^"]+)" rel="next"', content
+    )
 
 
 @pytest.mark.parametrize("model", [UsageEvent, UsageTotal, RefusedCalls])

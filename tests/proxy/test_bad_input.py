@@ -6,12 +6,16 @@ import contextlib
 import json
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.project.raw_http import cpu_of, memory_of
 from tests.serving import Sluice, eventually
 from tests.upstreams.openai import OpenAIUpstream
 
@@ -94,30 +98,117 @@ def chat(**fields: Any) -> dict[str, Any]:
         b'{"model": "sim/gpt-4o", "messages": [{"role": "user", "content": "a\nb"}]}',
     ],
 )
-def test_what_is_not_json(client: httpx.Client, sluice: Sluice, raw: bytes) -> None:
+def test_B10_what_is_not_json(client: httpx.Client, sluice: Sluice, raw: bytes) -> None:
     refused(sluice, post(client, raw), 400, "invalid_json")
 
 
 @pytest.mark.parametrize("depth", [2_000, 10_000, 100_000])
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
-def test_what_is_nested_too_deeply(client: httpx.Client, sluice: Sluice, depth: int, opening: str, closing: str) -> None:
+def test_B10_what_is_nested_too_deeply(client: httpx.Client, sluice: Sluice, depth: int, opening: str, closing: str) -> None:
     inner = "1" if closing == "}" else ""
     raw = f'{{"model":"sim/gpt-4o","messages":[],"x":{opening * depth}{inner}{closing * depth}}}'.encode()
 
-    refused(sluice, post(client, raw), 400, "invalid_json")
+    refused(sluice, post(client, raw), 400, "invalid_json" if depth < 100_000 else "body_too_complex")
     assert client.get("/healthz").status_code == 200
 
 
 @pytest.mark.parametrize("number", ["18446744073709551615", "18446744073709551616", "-9223372036854775809", "1" * 400, "0.1", "1e300"])
-def test_a_number_of_any_size_goes_through_exactly(client: httpx.Client, upstream: OpenAIUpstream, number: str) -> None:
+def test_B10_a_number_of_any_size_goes_through_exactly(client: httpx.Client, upstream: OpenAIUpstream, number: str) -> None:
     raw = f'{{"model":"sim/gpt-4o","messages":[{{"role":"user","content":"x"}}],"x":{number}}}'.encode()
 
     assert post(client, raw).status_code == 200
     assert json.loads(upstream.last.body)["x"] == json.loads(number)
 
 
-def test_a_number_longer_than_any_honest_one(client: httpx.Client, sluice: Sluice) -> None:
+def test_B10_a_number_longer_than_any_honest_one(client: httpx.Client, sluice: Sluice) -> None:
     refused(sluice, post(client, b'{"model":"sim/gpt-4o","messages":[],"x":' + b"1" * 1_000_000 + b"}"), 400, "invalid_json")
+
+
+def peak_of(pid: int, do: Callable[[], object]) -> int:
+    """Bytes by which the memory of a process grew at most meanwhile."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # forget the peak so far
+    before = memory_of(pid)
+    do()
+    peak = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) * 1024 - before
+
+
+BOMBS = {
+    "a million keys": b'{"model":"sim/gpt-4o","messages":[],%b}' % b",".join(b'"%x":1' % number for number in range(1_000_000)),
+    "a million times the same key": b'{"model":"sim/gpt-4o","messages":[]%b}' % (b',"a":1' * 1_000_000),
+    "a million strings": b'{"model":"sim/gpt-4o","messages":[],"x":["a"%b]}' % (b',"a"' * 1_000_000),
+    "a million lists": b'{"model":"sim/gpt-4o","messages":[],"x":[[]%b]}' % (b",[]" * 1_000_000),
+    "lists in lists in lists": b'{"model":"sim/gpt-4o","messages":[],"x":[%b]}' % b",".join([b"[[[[[[[[[[]]]]]]]]]]"] * 50_000),
+    "millions of numbers": b'{"model":"sim/gpt-4o","messages":[],"x":[0%b]}' % (b",0" * 3_000_000),
+    "a million messages": b'{"model":"sim/gpt-4o","messages":[{}%b]}' % (b",{}" * 1_000_000),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_B10_what_would_be_millions_of_values_is_refused_before_it_is(client: httpx.Client, sluice: Sluice, name: str) -> None:
+    def ask() -> None:
+        refused(sluice, post(client, BOMBS[name]), 400, "body_too_complex")
+
+    ask()  # what the first one costs, it costs once
+    cpu = cpu_of(sluice.pid)
+    # The body itself is in memory, and once more while it is put together from its parts.
+    assert peak_of(sluice.pid, ask) < 2 * len(BOMBS[name]) + (16 << 20)
+    assert cpu_of(sluice.pid) - cpu < 1  # 0.1 s on a machine that has nothing else to do
+
+
+HONEST = {
+    "much text with commas and brackets": chat(messages=[{"role": "user", "content": 'a, [b], {c}, \\ "d", ' * 100_000}]),
+    "JSON in text": chat(messages=[{"role": "user", "content": json.dumps([{"a": ["b", "\\"]}] * 120_000)}]),
+    "many messages": chat(messages=[{"role": "user", "content": "one, two"}] * 20_000),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_B10_a_large_honest_body_goes_through(client: httpx.Client, upstream: OpenAIUpstream, name: str) -> None:
+    assert client.post("/v1/chat/completions", json=HONEST[name]).status_code == 200
+    assert upstream.last.json["messages"] == HONEST[name]["messages"]
+
+
+def test_B10_a_long_list_of_tokens_goes_through(client: httpx.Client, upstream: OpenAIUpstream) -> None:
+    tokens = [[100_000 + number for number in range(150)] for _ in range(2000)]
+    assert client.post("/v1/embeddings", json={"model": "sim/text-embedding-3-small", "input": tokens}).status_code == 200
+    assert upstream.last.json["input"] == tokens
+
+
+def test_B10_of_the_same_key_the_last_counts_and_it_goes_through_once(client: httpx.Client, upstream: OpenAIUpstream) -> None:
+    raw = b'{"model":"nowhere/x","messages":[],"messages":[{"role":"user","content":"x"}],"model":"sim/gpt-4o","user":"a","user":"b"}'
+    assert post(client, raw).status_code == 200
+    assert json.loads(upstream.last.body, object_pairs_hook=list) == [
+        ("model", "gpt-4o"),
+        ("messages", [[("role", "user"), ("content", "x")]]),
+        ("user", "b"),
+    ]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=10), inner, max_size=5),
+    max_leaves=30,
+)
+
+
+@settings(max_examples=300)
+@given(JSON, st.integers(0, 400), st.binary(max_size=3))
+def test_B10_whatever_is_sent_is_answered_in_our_shape_and_some_goes_through(fuzzed: httpx.Client, value: Any, at: int, put: bytes) -> None:
+    """Any JSON in any place, and then a few bytes of it spoilt."""
+    for body in (value, {"model": "sim/gpt-4o", "messages": value}, {**chat(), "x": value, "stream_options": value}):
+        whole = json.dumps(body).encode()
+        for raw in (whole, whole[:at] + put + whole[at + len(put) :]):
+            answer = post(fuzzed, raw)
+            assert answer.status_code in (200, 400, 404)
+            if answer.status_code != 200:
+                assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+@pytest.fixture(scope="module")
+def fuzzed(sluice: Sluice, sim: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=sluice.url, headers={"authorization": f"Bearer {sluice.issue_key()}"}, timeout=30) as client:
+        yield client
 
 
 # The content type
@@ -268,14 +359,14 @@ def test_a_models_id_may_hold_slashes(client: httpx.Client, sluice: Sluice, path
 # Keys
 
 
-def test_no_key(sluice: Sluice, sim: str) -> None:
+def test_B09_no_key(sluice: Sluice, sim: str) -> None:
     for headers in ({}, {"authorization": ""}, {"authorization": "Bearer"}, {"x-api-key": ""}):
         answer = httpx.post(f"{sluice.url}/v1/chat/completions", json=chat(), headers=headers)
         refused(sluice, answer, 401, "invalid_api_key")
         assert answer.headers["www-authenticate"].startswith("Bearer")
 
 
-def test_a_key_in_the_wrong_place_is_no_key(sluice: Sluice, key: str) -> None:
+def test_B09_a_key_in_the_wrong_place_is_no_key(sluice: Sluice, key: str) -> None:
     url = f"{sluice.url}/v1/chat/completions"
     for place in (
         {"params": {"key": key}},
@@ -289,8 +380,31 @@ def test_a_key_in_the_wrong_place_is_no_key(sluice: Sluice, key: str) -> None:
         refused(sluice, httpx.post(url, json=chat(), **place), 401, "invalid_api_key")  # type: ignore[arg-type]
 
 
+def test_B09_what_stands_elsewhere_changes_nothing_beside_a_key_and_goes_through(
+    sluice: Sluice, key: str, upstream: OpenAIUpstream
+) -> None:
+    """A query or a cookie is no place for a key: neither a good one there nor a bad one has a say."""
+    url, headers = f"{sluice.url}/v1/chat/completions", {"authorization": f"Bearer {key}"}
+    for place in (
+        {"params": {"key": "sk-sluice-wrong", "api_key": "sk-sluice-wrong"}},
+        {"headers": {"cookie": "x-api-key=sk-sluice-wrong; sessionid=" + "a" * 32}},
+    ):
+        given_headers = headers | place.pop("headers", {})  # type: ignore[operator]
+        assert httpx.post(url, json=chat(), headers=given_headers, **place).status_code == 200  # type: ignore[arg-type]
+    for value in (f"Basic {key}", "Bearer sk-sluice-wrong"):
+        refusal = httpx.post(url, json=chat(), headers={"authorization": value, "x-api-key": key})
+        assert refusal.status_code in (400, 401)
+        assert refusal.json()["error"]["code"] in ("conflicting_credentials", "invalid_api_key")
+    assert len(upstream.posts) == 2
+
+
+@pytest.mark.parametrize("name", ["x-upstream-key", "x-openai-key"])
+def test_an_empty_key_for_the_upstream_is_none_and_goes_through(client: httpx.Client, name: str) -> None:
+    assert client.post("/v1/chat/completions", json=chat(), headers={name: ""}).status_code == 200
+
+
 @pytest.mark.parametrize("other", ["x-api-key", "x-goog-api-key"])
-def test_two_keys_that_differ(sluice: Sluice, key: str, other: str) -> None:
+def test_B09_two_keys_that_differ(sluice: Sluice, key: str, other: str) -> None:
     headers = {"authorization": f"Bearer {key}", other: sluice.issue_key()}
     refused(sluice, httpx.post(f"{sluice.url}/v1/chat/completions", json=chat(), headers=headers), 400, "conflicting_credentials")
 
@@ -300,12 +414,12 @@ def test_two_keys_that_differ(sluice: Sluice, key: str, other: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["authorization", "x-api-key", "x-goog-api-key"])
-def test_each_of_the_three_headers_goes_through(sluice: Sluice, key: str, name: str) -> None:
+def test_B09_each_of_the_three_headers_goes_through(sluice: Sluice, key: str, name: str) -> None:
     value = f"bearer {key}" if name == "authorization" else key
     assert httpx.post(f"{sluice.url}/v1/chat/completions", json=chat(), headers={name: value}).status_code == 200
 
 
-def test_the_same_key_twice_goes_through(sluice: Sluice, key: str) -> None:
+def test_B09_the_same_key_twice_goes_through(sluice: Sluice, key: str) -> None:
     headers = {"authorization": f"Bearer {key}", "x-api-key": key}
     assert httpx.post(f"{sluice.url}/v1/chat/completions", json=chat(), headers=headers).status_code == 200
 
@@ -317,7 +431,7 @@ def test_the_same_key_twice_goes_through(sluice: Sluice, key: str) -> None:
         b"sk-sluice-\xff\xfe", b"Bearer sk-sluice-x",
     ],
 )  # fmt: skip
-def test_what_looks_like_no_key_of_ours(sluice: Sluice, sim: str, wrong: bytes) -> None:
+def test_B07_what_looks_like_no_key_of_ours(sluice: Sluice, sim: str, wrong: bytes) -> None:
     answer = httpx.post(f"{sluice.url}/v1/chat/completions", json=chat(), headers={b"authorization": b"Bearer " + wrong})
 
     refused(sluice, answer, 401, "invalid_api_key")

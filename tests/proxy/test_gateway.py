@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
+from msgspec import structs
 
 from accounts.principal import Limit, Principal, digest, mint
+from providers import registry
+from providers.adapters.openai import OpenAI
 from providers.clock import Timeouts
+from providers.failures import OptionRefused
 from providers.over_httpx import OverHttpx
 from providers.price import Price, PriceBook
 from providers.secrets import SecretText
@@ -280,16 +286,12 @@ async def test_a_refused_credential_of_ours_is_502_and_its_name_is_not_told(tmp_
 
 async def test_the_callers_own_key_refused_is_401(tmp_path):
     house = House(tmp_path, lambda request: fails(401))
-    house.gateway.current.catalog = Catalog(
-        **{**vars_of(house.catalog), "upstreams": (Upstream(1, "openai", "u", "a", "https://up/v1", SecretText(""), pass_through=True),)}
+    house.gateway.current.catalog = replace(
+        house.catalog, upstreams=(Upstream(1, "openai", "u", "a", "https://up/v1", SecretText(""), pass_through=True),)
     )
     reply = await house.call(x_upstream_key="sk-mine-mine-mine")
     assert reply.status == 401
     assert house.sent[0].headers["authorization"] == "Bearer sk-mine-mine-mine"
-
-
-def vars_of(catalog: Catalog) -> dict[str, Any]:
-    return {name: getattr(catalog, name) for name in Catalog.__dataclass_fields__}
 
 
 async def test_an_error_before_content_goes_to_another_credential_and_nobody_notices(tmp_path):
@@ -390,6 +392,32 @@ async def test_a_bug_of_ours_is_a_500_in_the_clients_dialect_and_is_metered(tmp_
     assert "ZeroDivisionError" in caplog.text
 
 
+async def test_a09_a_model_without_a_price_is_refused_under_a_hard_budget_and_counted_under_a_soft_one(tmp_path):
+    for number, enforce in enumerate((True, False)):
+        limit = Limit("key:1", "money", 10**9, window="total", enforce=enforce)
+        house = House(tmp_path / str(number), lambda request: whole(), limits=(limit,))
+        house.limits.track(house.limits.untracked([limit]))
+        reply = await house.call(CHAT | {"model": "a/free-of-a-price"})
+        house.gateway.current.catalog = replace(house.catalog, prices=PriceBook([]))
+        unpriced = await house.call()
+        assert (reply.status, unpriced.status) == ((403, 403) if enforce else (200, 200))
+        if enforce:
+            assert (unpriced.error()["code"], house.sent, house.records()) == ("model_unpriced", [], [])
+        else:
+            assert (house.settled().cost, house.settled().usage_source) == (None, "reported")  # unpriced, never 0
+
+
+async def test_a09_without_a_ceiling_one_request_exceeds_its_budget_and_no_second(tmp_path):
+    answer = ANSWER | {"usage": USAGE | {"completion_tokens": 50_000, "total_tokens": 50_020}}
+    limit = Limit("key:1", "money", 10_000, window="total")
+    house = House(tmp_path, lambda request: whole(answer), limits=(limit,))
+    house.limits.track(house.limits.untracked([limit]))
+    seen = [(await house.call()).status for _ in range(3)]
+    assert seen == [200, 429, 429]
+    assert house.settled().cost == 16 + 2 + 100_000
+    assert len(house.sent) == 1
+
+
 async def test_money_is_held_at_the_dearest_and_settled_at_the_truth(tmp_path):
     limit = Limit("key:1", "money", 2000, window="total")
     house = House(tmp_path, lambda request: whole(), limits=(limit,))
@@ -463,6 +491,29 @@ async def test_a_refusal_that_only_quotes_the_client_costs_nobody_the_usage_opti
     assert house.settled().usage_source == "reported"
 
 
+@pytest.mark.parametrize(
+    ("without", "status", "sent"), [({"thinks": "yes"}, 200, 2), ({"thinks": "yes", "stubborn": 1}, 400, 2), ({}, 200, 1)]
+)
+async def test_an_option_that_may_be_left_out_is_left_out_once_where_it_is_refused(tmp_path, monkeypatch, without, status, sent):
+    class Picky(OpenAI):
+        def request(self, ask, target):
+            body = {name: value for name, value in ask.body.items() if name not in ask.left_out}
+            return super().request(structs.replace(ask, body=body), target)
+
+        def failure(self, target, status, headers, body):
+            return OptionRefused("This model always thinks.", option="thinks")
+
+    monkeypatch.setitem(registry._all(), "openai", Picky())
+    refused = {"thinks", "stubborn"}
+    house = House(tmp_path, lambda request: whole({}, 400) if refused & json.loads(request.content).keys() else whole(ANSWER))
+
+    answer = await house.call(CHAT | without)
+
+    assert (answer.status, len(house.sent)) == (status, sent)
+    assert house.settled().attempts == sent
+    assert "thinks" not in json.loads(house.sent[-1].content)
+
+
 async def test_what_cannot_be_priced_uses_up_a_hard_budget_by_its_hold(tmp_path):
     limit = Limit("key:1", "money", 20_000, window="total")
     house = House(tmp_path, lambda request: whole({"created": 1, "data": [{"b64_json": "aGk="}]}), limits=(limit,))
@@ -495,6 +546,25 @@ async def test_the_larger_of_two_ceilings_is_held(tmp_path):
     assert (await house.call(CHAT | {"max_completion_tokens": 1, "max_tokens": 100_000})).status == 429
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://a.example/b"}}]}]},
+        ),
+        ("responses", {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "https://a.example/b"}]}]}),
+    ],
+)
+async def test_a_picture_of_few_bytes_is_held_for_as_the_dearest_there_is(tmp_path, path, body):
+    for budget, status in ((48_000, 429), (49_000, 200)):  # micro-dollars; its tokens come to 48 169
+        limit = Limit("key:1", "money", budget, window="total")
+        house = House(tmp_path / str(budget), lambda request: whole(), limits=(limit,))
+        house.limits.track(house.limits.untracked([limit]))
+        ceiling = {"max_output_tokens" if path == "responses" else "max_tokens": 1}
+        assert (await house.call({"model": "a/gpt", **ceiling, **body}, path=f"/v1/{path}")).status == status
+
+
 async def test_a_stream_is_not_asked_of_what_has_none(tmp_path):
     house = House(tmp_path, lambda request: whole(), pool=2)
     reply = await house.call({"model": "a/gpt", "input": "x", "stream": True}, path="/v1/embeddings")
@@ -505,7 +575,7 @@ async def test_the_callers_own_key_is_quoted_back_to_nobody(tmp_path, caplog):
     mine = "my own upstream key 0001".replace(" ", "-")
     house = House(tmp_path, lambda request: whole({"error": {"message": f"No access for {mine}."}}, 403))
     upstream = Upstream(1, "openai", "u", "a", "https://up/v1", SecretText(""), pass_through=True)
-    house.gateway.current.catalog = Catalog(**{**vars_of(house.catalog), "upstreams": (upstream,)})
+    house.gateway.current.catalog = replace(house.catalog, upstreams=(upstream,))
     reply = await house.call(x_upstream_key=mine)
     assert reply.status == 403
     assert mine not in reply.body.decode() + caplog.text
@@ -523,3 +593,30 @@ async def test_an_absurd_retry_after_is_no_news(tmp_path, date):
     assert (await house.call()).status == 429
     assert (await house.call()).status == 429
     assert len(house.sent) == 2
+
+
+async def test_every_answer_to_a_limited_key_says_what_is_left(tmp_path):
+    house = House(tmp_path, lambda request: whole(), limits=(Limit("key:1", "rpm", 2), Limit("key:1", "tpm", 10_000)))
+    left = []
+    for _ in range(3):
+        reply = await house.call(CHAT | {"max_tokens": 10})
+        left.append((reply.status, reply.headers.get("x-ratelimit-limit-requests"), reply.headers.get("x-ratelimit-remaining-requests")))
+        assert reply.headers.get("x-ratelimit-limit-tokens") == "10000"
+    assert left == [(200, "2", "1"), (200, "2", "0"), (429, "2", "0")]
+    assert reply.headers.get("x-ratelimit-reset-requests") in ("1m0s", "1m", "59.9s", "60s")
+    assert int(reply.headers.get("retry-after")) <= 30
+
+
+async def test_an_unlimited_key_is_told_nothing_of_limits(tmp_path):
+    reply = await House(tmp_path, lambda request: whole()).call()
+    assert reply.status == 200
+    assert reply.headers.get("x-ratelimit-limit-requests") is None
+
+
+async def test_a_frozen_key_is_refused_before_anything_else_is_looked_at(tmp_path):
+    house = House(tmp_path, lambda request: whole(), frozen_until=time.time() + 90, frozen_reason="audit")
+    reply = await house.call()
+    assert (reply.status, reply.error()["code"], reply.headers.get("retry-after")) == (403, "frozen", "90")
+    assert "audit" in reply.error()["message"]
+    assert house.sent == []
+    assert next(iter(house.refusals.take()))[1:] == (1, 403, "frozen")

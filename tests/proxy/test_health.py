@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from providers.adapter import Target
-from providers.failures import CredentialRefused, ForbiddenAtUpstream, ModelGone, OutOfCredit, RateLimited, UpstreamServer
+from providers.failures import CredentialRefused, ForbiddenAtUpstream, ModelGone, ModelNotHere, OutOfCredit, RateLimited, UpstreamServer
 from providers.secrets import SecretText
 from proxy.catalog import Upstream
 from proxy.errors import OverBudget, OverLimit
@@ -47,7 +47,9 @@ def test_a_lower_priority_serves_only_when_the_higher_rests():
     assert ids(health.order([pool])) == [2, 1]
 
 
-@pytest.mark.parametrize("problem", [ForbiddenAtUpstream("no"), ModelGone("no"), RateLimited("no"), OutOfCredit("no", status=402)])
+@pytest.mark.parametrize(
+    "problem", [ForbiddenAtUpstream("no"), ModelGone("no"), ModelNotHere("no"), RateLimited("no"), OutOfCredit("no", status=402)]
+)
 def test_a_failure_about_one_model_leaves_the_others_in_place(problem):
     health = Health()
     health.failed(target(1, "bad"), problem, [1, 2])
@@ -116,8 +118,85 @@ def test_the_callers_own_account_says_nothing_about_ours():
     assert ids(health.order([[(upstream(1), "m")]])) == [1]
 
 
+def test_and_ours_says_nothing_about_the_callers():
+    health, ours = Health(), [[(upstream(1), "m")]]
+    health.failed(target(1), RateLimited("no", retry_after_seconds=99), [1])
+    assert ids(health.order(ours, own_key=True)) == [1]
+    health.succeeded(target(1, callers_key=True))
+    with pytest.raises(OverLimit):
+        health.order(ours)
+
+
+def test_that_an_upstream_is_well_again_may_be_seen_with_anybodys_key():
+    clock = Clock()
+    health, pool = Health(clock), [(upstream(number), "m") for number in (1, 2)]
+    for _ in range(5):
+        health.failed(target(1), UpstreamServer("500"), [1, 2])
+    assert {ids(health.order([pool], own_key=True))[0] for _ in range(4)} == {2}
+    health.succeeded(target(1, callers_key=True))
+    assert {ids(health.order([pool]))[0] for _ in range(4)} == {1, 2}
+
+
 def test_a_rest_can_be_cleared_by_hand():
     health = Health()
     health.failed(target(1), RateLimited("no", retry_after_seconds=99), [1])
     health.clear(1)
     assert ids(health.order([[(upstream(1), "m")]])) == [1]
+
+
+def test_f11_after_an_ejection_one_call_finds_out_and_the_others_wait_for_it():
+    clock = Clock()
+    health = Health(clock)
+    pool = [(upstream(number), "m") for number in (1, 2)]
+    for _ in range(5):
+        health.failed(target(1), UpstreamServer("500"), [1, 2])
+    assert {ids(health.order([pool]))[0] for _ in range(4)} == {2}
+    clock.now += 31
+    assert [ids(health.order([pool]))[0] for _ in range(4)] == [1, 2, 2, 2]
+    health.failed(target(1), UpstreamServer("500"), [1, 2])  # not yet: it waits for longer now
+    clock.now += 31
+    assert {ids(health.order([pool]))[0] for _ in range(4)} == {2}
+    clock.now += 31
+    assert ids(health.order([pool]))[0] == 1
+    health.succeeded(target(1))
+    assert {ids(health.order([pool]))[0] for _ in range(4)} == {1, 2}
+
+
+def test_a_trial_call_whose_outcome_never_comes_is_made_again():
+    clock = Clock()
+    health = Health(clock)
+    pool = [(upstream(number), "m") for number in (1, 2)]
+    for _ in range(5):
+        health.failed(target(1), UpstreamServer("500"), [1, 2])
+    clock.now += 31
+    assert ids(health.order([pool]))[0] == 1
+    clock.now += 31
+    assert ids(health.order([pool]))[0] == 1
+
+
+def test_f10_extra_attempts_are_a_fifth_of_the_calls_and_at_least_three_a_second():
+    clock = Clock()
+    health = Health(clock)
+    one = target(1)
+    extra = 0
+    for _ in range(2000):  # ten seconds of 200 a second
+        clock.now += 1 / 200
+        health.begins(one)
+        extra += health.may_try_again(one) + health.may_try_again(one)
+    assert 300 <= extra <= 400 + 3
+    clock.now += 10
+    health.begins(one)
+    assert [health.may_try_again(one) for _ in range(4)] == [True, True, True, False]
+
+
+def test_a_rest_that_this_process_finds_out_is_told_and_one_that_was_heard_of_is_kept_to():
+    told = []
+    health = Health(told=lambda *news: told.append(news))
+    health.failed(target(1), RateLimited("no", retry_after_seconds=40), [1])
+    assert told == [(1, "m", 40, True, RateLimited.code)]
+    other = Health()
+    other.rest(1, "m", 40, named=True, reason=RateLimited.code)
+    with pytest.raises(OverLimit):
+        other.order([[(upstream(1), "m")]])
+    other.wake(1, "m")
+    assert ids(other.order([[(upstream(1), "m")]])) == [1]

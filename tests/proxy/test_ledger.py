@@ -268,7 +268,7 @@ def test_an_adoption_that_fails_is_tried_again_by_the_same_process(tmp_path, mon
         raise OperationalError("database is locked")
 
     with monkeypatch.context() as patch, pytest.raises(OperationalError):
-        patch.setattr(ledger, "store", away)
+        patch.setattr(ledger, "store_new", away)
         ledger.adopt(dead.folder)
     assert ledger.adopt(dead.folder) == 1
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accounts.principal import Limit
+from proxy.call import Granted
 from proxy.errors import OverBudget, OverLimit, UnpricedModel
 from proxy.stores.limits import Hold, window_start
 from proxy.stores.memory import MemoryLimits
@@ -28,7 +29,7 @@ def hold(name: str, *limits: Limit, tokens: int = 10, money: int | None = 0, at:
     return Hold(request_id=name, at=at, scopes=tuple({limit.scope for limit in limits}), limits=limits, tokens=tokens, money=money)
 
 
-def reserve(store: MemoryLimits, one: Hold) -> tuple[str, ...]:
+def reserve(store: MemoryLimits, one: Hold) -> Granted:
     return asyncio.run(store.reserve(one))
 
 
@@ -110,7 +111,7 @@ def test_a_model_without_a_price_is_refused_under_a_budget_and_only_there():
 def test_a_shadow_limit_says_what_it_would_have_done_and_lets_pass():
     store = MemoryLimits()
     limit = Limit("key:1", "concurrency", 0, enforce=False)
-    assert reserve(store, hold("a", limit)) == ("shadow:concurrency_limit_exceeded",)
+    assert reserve(store, hold("a", limit)).shadowed == ("shadow:concurrency_limit_exceeded",)
     assert store.open_holds() == 1
 
 
@@ -153,7 +154,7 @@ def test_settled_and_held_money_never_exceed_the_budget(steps):
             continue
         if number % 3:
             store.settle(str(number), 0, min(worst, truth))
-        held = sum(one.money or 0 for one in store._holds.values())
+        held = sum(one.money or 0 for one, _ in store._holds.values())
         assert store.spent(limit, NOON) + held <= 100
 
 
@@ -175,3 +176,54 @@ def test_the_day_on_which_the_clocks_change_begins_at_its_own_midnight():
     berlin = ZoneInfo("Europe/Berlin")
     evening = datetime(2026, 3, 29, 20, tzinfo=berlin)
     assert window_start("day", "Europe/Berlin", evening.timestamp()) == datetime(2026, 3, 29, tzinfo=berlin).timestamp()
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Asia/Kathmandu"])
+def test_a10_over_a_year_each_window_is_reset_once_at_its_own_midnight(zone):
+    """Through both changes of the clocks, quarter hour by quarter hour."""
+    place = ZoneInfo(zone)
+    first, starts = datetime(2027, 1, 1, tzinfo=place).timestamp(), []
+    for quarter in range(365 * 96):
+        at = first + 900 * quarter + 1
+        start = window_start("day", zone, at)
+        assert start <= at
+        if not starts or start != starts[-1]:
+            starts.append(start)
+    moments = [datetime.fromtimestamp(start, place) for start in starts]
+    assert starts == sorted(set(starts))
+    assert {(moment.hour, moment.minute) for moment in moments} == {(0, 0)}
+    assert len({moment.date() for moment in moments}) == len(moments) in (365, 366)
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "America/New_York"])
+def test_a10_a_leap_day_is_a_day_of_its_own_and_lengthens_its_month(zone):
+    place = ZoneInfo(zone)
+    noons = [datetime(2028, month, day, 12, tzinfo=place).timestamp() for month, day in ((2, 28), (2, 29), (3, 1))]
+    days, months = ([window_start(window, zone, noon) for noon in noons] for window in ("day", "month"))
+    assert days == [noon - 43_200 for noon in noons]
+    assert months == [datetime(2028, month, 1, tzinfo=place).timestamp() for month in (2, 2, 3)]
+
+
+@pytest.mark.parametrize("jump", [-3600, 3600])
+def test_a10_a_clock_that_jumps_resets_no_window_twice_and_gives_no_rate_back(jump):
+    clock = Clock()  # the one that never jumps
+    store = MemoryLimits(clock)
+    rate, money = Limit("key:1", "rpm", 2), Limit("key:1", "money", 100, window="day")
+    store.track(store.untracked([money]))
+    reserve(store, hold("a", rate, money, money=60))
+    store.settle("a", 0, 60)
+    reserve(store, hold("b", rate, money, money=40, at=NOON + jump))
+    with pytest.raises(OverLimit):
+        reserve(store, hold("c", rate, money, money=0, at=NOON + 2 * jump))
+    store.settle("b", 0, 40)
+    assert store.spent(money, NOON) == 100
+
+
+def test_what_is_left_is_that_of_the_tightest_limit_on_requests_and_on_tokens():
+    clock = Clock()
+    store = MemoryLimits(clock)
+    limits = (Limit("key:1", "rpm", 10), Limit("team:1", "rpm", 4), Limit("key:1", "tpm", 100), Limit("user:1@1", "rpm", 1, enforce=False))
+    granted = reserve(store, hold("a", *limits, tokens=30))
+    assert (granted.requests.limit, granted.requests.remaining, granted.requests.reset_seconds) == (4, 3, pytest.approx(15))
+    assert (granted.tokens.limit, granted.tokens.remaining, granted.tokens.reset_seconds) == (100, 70, pytest.approx(18))
+    assert reserve(store, hold("b", Limit("key:2", "money", 10, window="day"))).requests is None

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, WebSocketRoute, sync_playwright
 from playwright.sync_api import Error as PlaywrightError
 
 from accounts.principal import is_plausible
@@ -363,6 +363,79 @@ def test_times_are_the_viewers_own(person: Person):
     assert at is not None
     assert at.endswith("Z")
     assert shown("Asia/Tokyo") != shown("America/New_York")
+
+
+def requests_shown(page: Page) -> int:
+    found = re.search(r"Requests\s+([\d,]+)\b", page.locator("section[aria-labelledby=usage] dl").inner_text())
+    return int(found[1].replace(",", "")) if found else 0
+
+
+def test_an_open_page_shows_new_usage_by_itself(person: Person):
+    page = person.signs_in(timezone_id="Asia/Tokyo")
+    key = person.makes_key(page)
+    page.get_by_role("link", name="show its page").click()
+    page.locator("[data-live=on]").wait_for()
+    person.calls(key, times=2)
+    page.locator("canvas#chart[data-drawn=requests]").wait_for(timeout=30_000)  # it had none: the chart comes with the page
+    page.locator("[data-live=on]").wait_for()
+
+    page.evaluate("window.same = true")
+    page.get_by_text("The same as a table").click()
+    page.get_by_role("button", name="Tokens", exact=True).click()
+    chart = "document.getElementById('chart').toDataURL()"
+    before, drawn = requests_shown(page), page.evaluate(chart)
+    person.calls(key, times=3)
+    eventually(lambda: requests_shown(page) == 5, "the figures stay as they were", seconds=15)
+
+    assert 0 < before < 5
+    assert page.evaluate("window.same")  # it was not loaded again
+    assert page.evaluate(chart) != drawn
+    assert page.get_by_role("region", name="Usage as a table").is_visible()
+    log = page.locator("section[aria-labelledby=requests] tbody tr")
+    assert log.count() == 5
+    assert "UTC" not in log.first.inner_text()  # in the viewer's own zone
+    person.checks(page)
+
+
+def test_nothing_is_taken_from_under_somebodys_hands(person: Person):
+    page = person.signs_in()
+    key = person.makes_key(page)
+    page.get_by_role("link", name="show its page").click()
+    person.calls(key)
+    page.locator("canvas#chart[data-drawn=requests]").wait_for(timeout=30_000)
+    page.locator("[data-live=on]").wait_for()
+    log = page.get_by_role("region", name="Recent requests", exact=True)
+    log.focus()
+
+    person.calls(key)
+    eventually(lambda: requests_shown(page) == 2, "the figures stay as they were", seconds=15)
+
+    assert log.locator("tbody tr").count() == 1
+    assert log.evaluate("region => region === document.activeElement")
+    person.checks(page)
+
+
+def test_a_page_that_lost_its_connection_tries_again_and_catches_up(person: Person):
+    page = person.signs_in()
+    path = person.uses(page)
+    key = person.makes_key(page, "other")
+    attempts = []
+
+    def connects(socket: WebSocketRoute) -> None:
+        attempts.append(socket)
+        if len(attempts) == 1:
+            person.calls(key)
+            socket.close(code=1012)
+        else:
+            socket.connect_to_server()
+
+    page.route_web_socket(re.compile("/ws/usage"), connects)
+    page.goto("/keys/")
+    page.get_by_role("link", name="other").first.click()
+    eventually(lambda: requests_shown(page) == 1, "it does not catch up", seconds=15)
+    assert len(attempts) >= 2
+    page.goto(path)
+    person.checks(page)
 
 
 def test_the_admin_and_the_api_page_run_under_their_policy(person: Person):

@@ -108,6 +108,39 @@ def test_a_day_is_a_day_in_the_organizations_zone(people: People, key: ApiKey):
     assert [group.name for group in queries.totals_by(people.acme, "day", since=NOW - timedelta(days=5))] == ["2026-06-17"]
 
 
+WINDOWS = [
+    (timedelta(hours=start), None if length is None else timedelta(hours=length))
+    for start in (0, 0.25, 13.5, 24, 47.75, 60)
+    for length in (0.25, 9, 24, 30.25, 47.75, 72, 200, None)
+]
+
+
+@pytest.mark.parametrize(("start", "length"), WINDOWS)
+def test_any_window_has_what_its_rows_have_whole_days_or_not(people: People, key: ApiKey, start: timedelta, length: timedelta | None):
+    midnight = datetime(2026, 6, 14, tzinfo=UTC)
+    other, foreign = people.key(people.bob, name="other"), people.key(people.alice, name="hers")
+    stored: list[tuple[datetime, ApiKey, int]] = []
+    for number, hours in enumerate((0, 0.2, 5, 13.49, 13.5, 23.99, 24, 30, 47.74, 48, 60, 71.99, 72, 80, 96.1, 120)):
+        whose = (key, other, foreign)[number % 3]
+        stored.append((midnight + timedelta(hours=hours), whose, 2**number))
+        used(whose, stored[-1][0], cost=2**number, served_model=f"m{number % 2}")
+    since, until = midnight + start, None if length is None else midnight + start + length
+    window = {"since": since, "until": until}
+    inside = [(whose, cost) for at, whose, cost in stored if since <= at and (until is None or at < until)]
+
+    def spent(*keys: ApiKey) -> int:
+        return sum(cost for whose, cost in inside if whose in keys)
+
+    assert queries.totals(people.acme, **window).cost == spent(key, other, foreign)
+    assert queries.totals(people.acme, **window, user_id=people.bob.pk).cost == spent(key, other)
+    assert queries.totals(people.acme, **window, key_ids=[key.pk, foreign.pk]).cost == spent(key, foreign)
+    for group in ("key", "model", "day"):
+        for whose, keys in (({}, (key, other, foreign)), ({"user_id": people.bob.pk}, (key, other)), ({"key_ids": [key.pk]}, (key,))):
+            assert sum(found.sums.cost for found in queries.totals_by(people.acme, group, **window, **whose)) == spent(*keys)
+    by_key = {found.name: found.sums.cost for found in queries.totals_by(people.acme, "key", **window)}
+    assert by_key == {str(one.pk): spent(one) for one in (key, other, foreign) if spent(one)}
+
+
 def test_what_had_no_price_is_not_free():
     assert Sums(requests=2, unpriced=2).is_unpriced
     assert not Sums(requests=2, unpriced=1, cost=5).is_unpriced
@@ -206,7 +239,7 @@ def test_the_sums_of_one_key_are_found_by_their_index(people: People, key: ApiKe
         queries.series(people.acme, key.pk, SPANS["30d"], NOW)
 
     [sql] = [query["sql"] for query in seen]
-    assert "INDEX usage_total_by_key (key_id=? AND slot>" in plan_of(sql)
+    assert "sqlite_autoindex_proxy_keytotal_1 (key_id=? AND slot>" in plan_of(sql)
 
 
 def test_the_log_ends_where_its_window_does(people: People, key: ApiKey):
@@ -252,7 +285,7 @@ def test_a_budget_counts_its_own_scope_and_window(people: People, key: ApiKey, d
     used(people.key(people.alice), midnight + timedelta(hours=1), cost=10_000)
 
     limits = queries.limits_on(people.acme, key)
-    with django_assert_num_queries(1):
+    with django_assert_num_queries(2):
         found = queries.budgets(people.acme, limits, NOW)
 
     assert {(budget.limit.scope.split(":")[0], budget.limit.window): budget.spent for budget in found} == {
@@ -284,7 +317,9 @@ def test_only_limits_that_a_call_meets_are_on_a_key(people: People, key: ApiKey)
 
 def test_usage_rows_have_the_columns_of_the_contract(people: People, key: ApiKey):
     credential = Credential.objects.create(label="main account", kind="openai", prefix="openai")
-    request_id = used(key, NOW, credential_id=credential.pk, status=499, error="client_closed", usage_source="estimated")
+    request_id = used(
+        key, NOW, credential_id=credential.pk, status=499, error="client_closed", usage_source="estimated", upstream_cost=1234
+    )
 
     [row] = usage_rows()
 
@@ -312,6 +347,7 @@ def test_usage_rows_have_the_columns_of_the_contract(people: People, key: ApiKey
         "usage_source": "estimated",
         "first_byte_ms": 80,
         "duration_ms": 900,
+        "upstream_cost_usd": 0.001234,
     }
 
 

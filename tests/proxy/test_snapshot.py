@@ -97,11 +97,12 @@ def test_upstreams_come_with_their_secrets_open_and_a_broken_seal_leaves_one_out
     good, broken = (providers.Credential.objects.create(label=name, kind="openai", prefix=name) for name in ("good", "broken"))
     providers.Credential.objects.filter(pk=good.pk).update(secret=seal("s-good", good.place(), keys))
     providers.Credential.objects.filter(pk=broken.pk).update(secret=seal("s-good", good.place(), keys))  # copied from the other row
-    providers.UpstreamModel.objects.create(credential=good, upstream_id="gpt")
+    providers.UpstreamModel.objects.create(credential=good, upstream_id="gpt", detail={"context_length": 8})
     providers.Credential.objects.create(label="off", kind="openai", prefix="off", state="disabled")
 
     [upstream] = snapshot.load().upstreams
     assert (upstream.prefix, upstream.secret.reveal(), upstream.models) == ("good", "s-good", {"gpt"})
+    assert upstream.details == {"gpt": {"context_length": 8}}
     assert "s-good" not in repr(upstream)
 
 

@@ -11,6 +11,7 @@ from django.utils import timezone
 
 from accounts.models import ApiKey
 from proxy import ledger
+from proxy.journal import Settled
 
 _RANDOM = random.Random(3)
 
@@ -19,9 +20,9 @@ def used(key: ApiKey, at: datetime | None = None, **fields: Any) -> uuid.UUID:
     """One request of this key, a minute ago unless given. Its id."""
     at = at or timezone.now() - timedelta(minutes=1)
     at = at.replace(microsecond=at.microsecond // 1000 * 1000)
-    row = {
-        "request_id": uuid.UUID(int=int(at.timestamp() * 1000) << 80 | 0x7 << 76 | 0x2 << 62 | _RANDOM.getrandbits(61)),
-        "at": at,
+    milliseconds = round(at.timestamp() * 1000)
+    request_id = uuid.UUID(int=milliseconds << 80 | 0x7 << 76 | 0x2 << 62 | _RANDOM.getrandbits(61))
+    record = {
         "organization_id": key.organization_id,
         "team_id": key.team_id,
         "user_id": key.user_id,
@@ -45,8 +46,8 @@ def used(key: ApiKey, at: datetime | None = None, **fields: Any) -> uuid.UUID:
         "usage_source": "reported",
         "first_byte_ms": 80,
         "duration_ms": 900,
-        "corrects": None,
     }
-    row |= fields
-    assert ledger.store([row]) == 1
-    return row["request_id"]
+    record |= fields
+    row = ledger.row_of(Settled(str(request_id), milliseconds, key.organization_id, key.user_id, key.pk, "", "", 200))
+    assert ledger.store([row._replace(**record)]) == 1
+    return request_id

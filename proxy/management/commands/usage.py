@@ -34,12 +34,12 @@ class Command(BaseCommand):
     def handle(self, *args: Any, since: str | None, key: str | None, **options: Any) -> None:
         for folder in journal.folders(settings.DATA_DIR / "journal"):
             ledger.ship(folder)
-        rows = usage_rows(since=_moment(since), key=key)
+        rows = usage_rows(since=moment(since), key=key)
         for line in {"table": _table, "jsonl": _jsonl, "csv": _csv}[options["format"]](rows):
             self.stdout.write(line)
 
 
-def _moment(text: str | None) -> datetime | None:
+def moment(text: str | None) -> datetime | None:
     if text is None:
         return None
     try:

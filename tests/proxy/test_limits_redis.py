@@ -1,0 +1,419 @@
+"""Limits that several workers share through a real Redis: the same promises as in memory, and those about losing it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from accounts.principal import Limit
+from proxy.call import Granted
+from proxy.errors import OverBudget, OverLimit, Unavailable, UnpricedModel
+from proxy.stores import redis as store
+from proxy.stores.limits import Budget, Hold, budget_of, window_start
+from proxy.stores.redis import RedisLimits
+from tests.redises import SHARED, name_on_the_shared_server, server
+
+pytestmark = pytest.mark.redis
+
+BUDGET = Limit("key:1", "money", 100, window="total")
+ALL = (
+    Limit("organization:1", "money", 100, window="month"),
+    Limit("team:1", "money", 100, window="week"),
+    Limit("user:1@1", "money", 100, window="day"),
+    BUDGET,
+)
+
+
+def hold(name: str, *limits: Limit, tokens: int = 10, money: int | None = 0, at: float | None = None) -> Hold:
+    scopes = tuple({limit.scope for limit in limits}) or ("key:1",)
+    return Hold(name, time.time() if at is None else at, scopes, tuple(limits), tokens, money)
+
+
+class Workers:
+    """Several workers in one process, and the totals of a database that is a dict."""
+
+    def __init__(self, url: str, name: str, count: int) -> None:
+        self.url, self.name = url, name
+        self.totals: dict[Budget, int] = {}
+        self.all = [RedisLimits(url, name=name) for _ in range(count)]
+
+    def __getitem__(self, number: int) -> RedisLimits:
+        return self.all[number]
+
+    async def start(self) -> None:
+        for number, one in enumerate(self.all):
+            one.open(f"w{number}")
+            assert await one.is_connected(5)
+            await one.beat()
+
+    async def agree(self, *limits: Limit, anew: bool = True) -> None:
+        """A round, as `Rounds` makes it: all enter, all acknowledge, one loads."""
+        for one in self.all:
+            await one.beat()
+        await self[0].begin([budget_of(limit) for limit in limits], anew=anew)
+        for one in self.all:
+            await one.beat()
+            entered = await one.enter(one.last.number, one.last.epoch, lambda: (1, 0))
+            assert entered is not None
+        for one in self.all:
+            await one.acknowledge(one.last.number, one.last.epoch, shipped=True)
+        for one in self.all:
+            _, loads = await one.acknowledge(one.last.number, one.last.epoch, shipped=True)
+            if loads:
+                await one.loaded(one.last.number, one.last.epoch, self.spent(entered[1]))
+        for one in self.all:
+            await one.beat()
+            assert not one.last.is_open
+
+    def spent(self, budgets: list[Budget]) -> Mapping[tuple[Budget, float], int]:
+        now = time.time()
+        return {(one, window_start(one[1], one[2], now)): self.totals.get(one, 0) for one in budgets}
+
+    async def close(self) -> None:
+        for one in self.all:
+            await one.close()
+
+
+@pytest.fixture(autouse=True)
+def without_gathering(monkeypatch):
+    monkeypatch.setattr(store, "GATHER_SECONDS", 0)
+
+
+@asynccontextmanager
+async def workers(count: int = 1, *limits: Limit, url: str = SHARED, name: str = "") -> AsyncIterator[Workers]:
+    if not name:
+        with name_on_the_shared_server() as own:
+            async with workers(count, *limits, url=url, name=own) as found:
+                yield found
+        return
+    some = Workers(url, name, count)
+    await some.start()
+    await some.agree(*limits)
+    try:
+        yield some
+    finally:
+        await some.close()
+
+
+async def admitted(one: RedisLimits, *holds: Hold) -> int:
+    answers = await asyncio.gather(*(one.reserve(each) for each in holds), return_exceptions=True)
+    assert all(isinstance(answer, Granted | OverLimit | OverBudget) for answer in answers), answers
+    return sum(isinstance(answer, Granted) for answer in answers)
+
+
+async def quiet(some: Workers) -> None:
+    """Until Redis has done all that it was told."""
+    for one in some.all:
+        await one.beat()
+
+
+async def test_so_many_requests_a_minute_over_all_workers_and_then_a_wait_that_is_true():
+    limit = Limit("key:1", "rpm", 60)
+    async with workers(2) as two:
+        for number in range(60):
+            await two[number % 2].reserve(hold(f"r{number}", limit))
+        with pytest.raises(OverLimit) as refused:
+            await two[0].reserve(hold("more", limit))
+        wait = refused.value.retry_after_seconds
+        assert wait is not None
+        assert 0.5 < wait <= 1
+        assert refused.value.granted.requests.remaining == 0
+        await asyncio.sleep(wait)
+        granted = await two[1].reserve(hold("later", limit))
+        assert (granted.requests.limit, granted.requests.remaining) == (60, 0)
+        assert 58 < granted.requests.reset_seconds <= 60
+
+
+async def test_tokens_count_as_they_were_really_used():
+    limit = Limit("key:1", "tpm", 100)
+    async with workers(2) as two:
+        await two[0].reserve(hold("a", limit, tokens=90))
+        with pytest.raises(OverLimit):
+            await two[1].reserve(hold("b", limit, tokens=20))
+        two[0].settle("a", tokens=10, money=0)
+        await quiet(two)
+        granted = await two[1].reserve(hold("b", limit, tokens=20))
+        assert granted.tokens.remaining in (70, 71)
+        two[1].settle("b", tokens=150, money=0)
+        await quiet(two)
+        with pytest.raises(OverLimit) as refused:
+            await two[0].reserve(hold("c", limit, tokens=1))
+        assert refused.value.retry_after_seconds == pytest.approx(60 * 61 / 100, abs=1)
+
+
+async def test_a_clock_that_was_set_back_keeps_nobody_out():
+    limit = Limit("key:1", "rpm", 60)
+    async with workers(1) as one:
+        key = f"{{{one.name}}}:rate:key:1:rpm"
+        import redis
+
+        with redis.Redis.from_url(SHARED) as client:
+            later = (time.time() + 3600) * 1e6
+            client.set(key, f"{later + 30e6:.0f} {later:.0f}")  # half a minute's worth, written an hour from now
+        granted = await one[0].reserve(hold("a", limit))
+        assert granted.requests.remaining in (28, 29)
+
+
+async def test_a_place_is_free_again_after_settling_and_a_refusal_takes_nothing():
+    wide, narrow = Limit("organization:1", "concurrency", 3), Limit("key:1", "concurrency", 2)
+    async with workers(2) as two:
+        await two[0].reserve(hold("a", wide, narrow))
+        await two[1].reserve(hold("b", wide, narrow))
+        with pytest.raises(OverLimit) as refused:
+            await two[0].reserve(hold("c", wide, narrow))
+        assert refused.value.code == "concurrency_limit_exceeded"
+        await two[0].reserve(hold("d", wide))
+        for _ in range(3):
+            two[0].settle("a", 0, 0)
+        await quiet(two)
+        assert await admitted(two[1], hold("e", wide, narrow), hold("f", wide, narrow)) == 1
+
+
+async def test_the_places_of_a_worker_that_is_not_heard_of_are_free_and_its_own_again_when_it_is(monkeypatch):
+    limit = Limit("key:1", "concurrency", 1)
+    async with workers(2) as two:
+        await two[0].reserve(hold("a", limit))
+        monkeypatch.setattr(store, "LEASE_SECONDS", 0.01)
+        await two[0].beat()
+        await asyncio.sleep(0.05)
+        assert await admitted(two[1], hold("b", limit)) == 1
+        two[1].settle("b", 0, 0)
+        monkeypatch.setattr(store, "LEASE_SECONDS", 15)
+        await two[0].beat()
+        await quiet(two)
+        assert await admitted(two[1], hold("c", limit)) == 0  # `a` still runs
+        two[0].settle("a", 0, 0)
+        await quiet(two)
+        assert await admitted(two[1], hold("c", limit)) == 1
+
+
+async def test_a01_a_thousand_at_once_with_room_for_fifty():
+    limits = tuple(Limit(one.scope, "money", 50 * 7, window=one.window) for one in ALL)
+    async with workers(4, *limits) as four:
+        counts = await asyncio.gather(
+            *(admitted(four[number], *(hold(f"{number}-{each}", *limits, money=7) for each in range(250))) for number in range(4))
+        )
+        assert sum(counts) == 50
+        for one in four.all:
+            for name in list(one._taken):
+                one.settle(name, 0, 7)
+        await quiet(four)
+        assert sum([await admitted(one, hold("more", *limits, money=1)) for one in four.all]) == 0
+
+
+async def test_money_is_held_at_its_worst_and_settled_at_the_truth_once():
+    async with workers(2, BUDGET) as two:
+        await two[0].reserve(hold("a", BUDGET, money=60))
+        assert await admitted(two[1], hold("b", BUDGET, money=41)) == 0
+        for _ in range(10):
+            two[0].settle("a", 0, 10)
+        await quiet(two)
+        assert await admitted(two[1], hold("b", BUDGET, money=91), hold("c", BUDGET, money=90)) == 1
+
+
+async def test_the_same_request_asked_for_twice_holds_once():
+    async with workers(1, BUDGET) as one:
+        await one[0].reserve(hold("a", BUDGET, money=60))
+        await one[0].reserve(hold("a", BUDGET, money=60))
+        assert await admitted(one[0], hold("b", BUDGET, money=40)) == 1
+
+
+async def test_a_request_counts_in_the_window_in_which_it_was_admitted():
+    limit = Limit("key:1", "money", 100, window="day")
+    async with workers(1, limit) as one:
+        yesterday = time.time() - 86_400
+        await one[0].reserve(hold("late", limit, money=50, at=yesterday))
+        one[0].settle("late", 0, 40)
+        await quiet(one)
+        assert await admitted(one[0], hold("new", limit, money=100)) == 1
+        assert await admitted(one[0], hold("old", limit, money=61, at=yesterday), hold("older", limit, money=60, at=yesterday)) == 1
+
+
+async def test_shadow_limits_and_models_without_a_price():
+    shadow = Limit("key:1", "concurrency", 0, enforce=False)
+    async with workers(1, BUDGET) as one:
+        assert (await one[0].reserve(hold("a", shadow))).shadowed == ("shadow:concurrency_limit_exceeded",)
+        with pytest.raises(UnpricedModel):
+            await one[0].reserve(hold("b", BUDGET, money=None))
+        await one[0].reserve(hold("c", money=None))  # without limits nobody is asked
+
+
+async def test_what_was_spent_before_a_budget_existed_counts_exactly_once():
+    async with workers(2) as two:
+        await two[0].reserve(hold("old", money=0))
+        with pytest.raises(Unavailable):
+            await two[0].reserve(hold("early", BUDGET, money=1))
+        two.totals[budget_of(BUDGET)] = 50
+        await two.agree(BUDGET, anew=False)
+        two[0].settle("old", 0, 30)  # after the round, so it is not in the totals that were read
+        two[0].settle("old", 0, 30)
+        await quiet(two)
+        assert await admitted(two[1], hold("a", BUDGET, money=21), hold("b", BUDGET, money=20)) == 1
+
+
+async def test_after_a_flush_nothing_old_is_believed_and_live_holds_come_back():
+    with server() as own:
+        async with workers(2, BUDGET, url=own.url, name="sluice") as two:
+            await two[0].reserve(hold("a", BUDGET, money=60))
+            await two[1].reserve(hold("b", BUDGET, money=30))
+            two[1].settle("b", 0, 30)
+            await quiet(two)
+            own.client.flushall()
+            with pytest.raises(Unavailable):
+                await two[0].reserve(hold("c", BUDGET, money=1))
+            two.totals[budget_of(BUDGET)] = 30
+            await two.agree(BUDGET)
+            assert await admitted(two[1], hold("d", BUDGET, money=11), hold("e", BUDGET, money=10)) == 1
+            two[0].settle("a", 0, 5)
+            await quiet(two)
+            assert await admitted(two[1], hold("f", BUDGET, money=56), hold("g", BUDGET, money=55)) == 1
+
+
+async def test_a_redis_that_remembers_an_older_day_is_not_believed():
+    with server() as own:
+        async with workers(1, BUDGET, url=own.url, name="sluice") as one:
+            own.client.save()
+            await one[0].reserve(hold("a", BUDGET, money=100))
+            one[0].settle("a", 0, 100)
+            await quiet(one)
+            await asyncio.to_thread(own.restart)
+            assert await one[0].is_connected(5)
+            with pytest.raises(Unavailable):
+                await one[0].reserve(hold("b", BUDGET, money=1))
+            one.totals[budget_of(BUDGET)] = 100
+            await one[0].beat()
+            await one.agree(BUDGET)
+            assert await admitted(one[0], hold("b", BUDGET, money=1)) == 0
+
+
+async def test_without_redis_limits_are_shared_out_and_budgets_refused():
+    rate = Limit("key:1", "rpm", 10)
+    with server() as own:
+        async with workers(2, BUDGET, url=own.url, name="sluice") as two:
+            await quiet(two)
+            await asyncio.to_thread(own.stop)
+            await asyncio.sleep(0.1)
+            assert await admitted(two[0], *(hold(f"r{number}", rate) for number in range(10))) == 5
+            with pytest.raises(Unavailable) as refused:
+                await two[0].reserve(hold("b", BUDGET, money=1))
+            assert (refused.value.status, refused.value.retry_after_seconds) == (503, 1)
+
+
+async def test_a_redis_that_hangs_costs_a_quarter_of_a_second_once():
+    rate = Limit("key:1", "rpm", 100)
+    with server() as own:
+        async with workers(1, BUDGET, url=own.url, name="sluice") as one:
+            await one[0].reserve(hold("a", BUDGET, rate, money=60))
+            own.client.execute_command("CLIENT", "PAUSE", 1500, "ALL")
+            began = time.monotonic()
+            with pytest.raises(Unavailable):
+                await one[0].reserve(hold("b", BUDGET, rate, money=30))
+            assert time.monotonic() - began < 1
+            began = time.monotonic()
+            for number in range(20):
+                await one[0].reserve(hold(f"r{number}", rate))
+            assert time.monotonic() - began < 0.2
+            one[0].settle("a", 0, 10)
+            assert await one[0].is_connected(5)
+            await quiet(one)
+            # What Redis took while nobody listened any more has been given back, and what waited has been told.
+            assert await admitted(one[0], hold("c", BUDGET, money=91), hold("d", BUDGET, money=90)) == 1
+
+
+async def test_settlements_wait_for_redis_and_keep_their_order():
+    with server() as own:
+        async with workers(1, BUDGET, url=own.url, name="sluice") as one:
+            for number in range(10):
+                await one[0].reserve(hold(f"r{number}", BUDGET, money=10))
+            # The connections alone are lost: it is the same server, with all that it knows.
+            own.client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+            for number in range(10):
+                one[0].settle(f"r{number}", 0, 2)
+            await asyncio.sleep(0.01)
+            assert await one[0].is_connected(5)
+            await quiet(one)
+            assert await admitted(one[0], hold("c", BUDGET, money=81), hold("d", BUDGET, money=80)) == 1
+
+
+async def test_what_a_dead_worker_held_is_settled_by_its_adopter():
+    async with workers(2, BUDGET) as two:
+        for name, money in (("a", 40), ("b", 30), ("c", 20)):
+            await two[0].reserve(hold(name, BUDGET, money=money))
+        left = await two[1].adopt("w0", [(hold("a"), 0, 5, True), (hold("b"), 0, None, True)])
+        assert left == ["c"]
+        assert await two[1].adopt("w0", [(hold("c"), 0, 0, False)]) == []
+        assert await two[1].adopt("w0", [(hold("a"), 0, 5, True)]) == []  # once more changes nothing
+        assert await admitted(two[1], hold("d", BUDGET, money=66), hold("e", BUDGET, money=65)) == 1
+
+
+# One worker's day: what is asked for, and what is said of it again and again, in any order, by itself and by an adopter.
+DEEDS = st.lists(
+    st.tuples(st.sampled_from(["reserve", "settle", "adopt", "flush"]), st.integers(0, 5), st.integers(0, 30)), min_size=5, max_size=40
+)
+
+
+@given(DEEDS)
+@hypothesis_settings(max_examples=25)
+def test_a08_a_settlement_has_one_effect_however_often_and_in_whatever_order_it_is_said(deeds):
+    asyncio.run(_one_effect(deeds))
+
+
+async def _one_effect(deeds: list[tuple[str, int, int]]) -> None:
+    held: dict[int, int] = {}
+    settled: dict[int, int] = {}
+    stored: set[int] = set()
+    async with workers(2, BUDGET) as two:
+        for deed, number, money in deeds:
+            name = f"r{number}"
+            if deed == "reserve" and number not in held:
+                if await admitted(two[0], hold(name, BUDGET, money=money)):
+                    held[number] = money
+                else:
+                    assert sum({**held, **settled}.values()) + money > BUDGET.amount
+            elif deed == "settle":
+                two[0].settle(name, 0, min(money, held.get(number, 0)))
+                if number in held:
+                    settled.setdefault(number, min(money, held[number]))
+                await quiet(two)
+            elif deed == "adopt" and number in settled:  # after the fact: it was counted long ago
+                await two[1].adopt("w0", [(hold(name, BUDGET), 0, settled[number], number not in stored)])
+                stored.add(number)
+            elif deed == "flush":
+                await quiet(two)
+                two.totals[budget_of(BUDGET)] = sum(settled.values())
+                await two.agree(BUDGET)
+        await quiet(two)
+        used = sum({**held, **settled}.values())
+        assert await admitted(two[1], hold("more", BUDGET, money=BUDGET.amount - used + 1)) == 0
+        assert await admitted(two[1], hold("rest", BUDGET, money=BUDGET.amount - used)) == 1
+
+
+async def test_a06_two_thousand_ends_of_all_kinds_leave_no_hold():
+    limits = (*ALL, Limit("key:1", "concurrency", 50), Limit("key:1", "tpm", 10**9))
+    with name_on_the_shared_server() as name:
+        async with workers(2, *limits, name=name) as two:
+            for start in range(0, 2000, 100):
+                one = two[start // 100 % 2]
+                holds = [hold(f"{start + number}", *limits, money=number % 3) for number in range(100)]
+                answers = await asyncio.gather(*(one.reserve(each) for each in holds), return_exceptions=True)
+                for number, (each, answer) in enumerate(zip(holds, answers, strict=True)):
+                    if isinstance(answer, Granted):
+                        one.settle(each.request_id, number, None if number % 7 == 0 else 0)
+                    if number % 5 == 0:
+                        one.settle(each.request_id, 1, 1)
+            await quiet(two)
+            import redis
+
+            with redis.Redis.from_url(SHARED, decode_responses=True) as client:
+                epoch = two[0].epoch.decode()
+                keys = [key for key in client.scan_iter(f"{{{name}}}:{epoch}:*") if ":holds:" in key or ":open:" in key]
+                held = [field for key in client.scan_iter(f"{{{name}}}:{epoch}:money:*") for field in client.hkeys(key) if field[0] == "h"]
+            assert (keys, held) == ([], [])
+            assert [one.open_holds() for one in two.all] == [0, 0]
