@@ -19,8 +19,8 @@ unexport DJANGO_SETTINGS_MODULE
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
-# Tests mostly wait for servers: more of them than processors run side by side, each file in one process.
-PARALLEL ?= -n 3 --dist loadfile
+# Tests mostly wait for servers: more of them than processors run side by side, each file in one process, the longest first.
+PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder
 
 install: ## make .venv and install what the service needs
 	$(INSTALL) base

@@ -10,12 +10,16 @@ from django.http import Http404, HttpRequest, HttpResponse
 from ninja import NinjaAPI
 from ninja.errors import AuthenticationError, HttpError
 from ninja.errors import ValidationError as WrongRequest
+from ninja.openapi.schema import OpenAPISchema
 from ninja.security import SessionAuth
 
 from accounts.actions import Conflict
 from accounts.api import router as keys
 from accounts.models import User
+from providers.secrets import redact
 from proxy.api import router as usage
+from proxy.credentials_api import router as credentials
+from proxy.routes_api import router as routes
 
 
 class SignedIn(SessionAuth):
@@ -25,7 +29,40 @@ class SignedIn(SessionAuth):
         return super().__call__(request) if request.user.is_authenticated else None
 
 
+# Of every operation: all errors have one shape.
+ERROR = {
+    "description": "It was not done. `fields`: what is wrong, by the field of the query or the body, such as `limits.0.amount`.",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["error"],
+                "properties": {
+                    "error": {
+                        "type": "object",
+                        "required": ["code", "message"],
+                        "properties": {
+                            "code": {"type": "string"},
+                            "message": {"type": "string"},
+                            "fields": {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "string"}}},
+                        },
+                    }
+                },
+            }
+        }
+    },
+}
+
+
 class ManagementApi(NinjaAPI):
+    def get_openapi_schema(self, **options: Any) -> OpenAPISchema:
+        schema = super().get_openapi_schema(**options)
+        schema["components"]["responses"] = {"Error": ERROR}
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                operation["responses"]["4XX"] = {"$ref": "#/components/responses/Error"}
+        return schema
+
     def create_response(self, *args: Any, **kwargs: Any) -> HttpResponse:
         # Nobody keeps a copy: some answers hold a fresh key, and all of them are about one signed-in person.
         response = super().create_response(*args, **kwargs)
@@ -36,19 +73,25 @@ class ManagementApi(NinjaAPI):
 api = ManagementApi(
     title="Sluice",
     version="0.1",
-    description="Keys and usage. Sign in on the pages first; requests that change something carry the CSRF token.",
+    description=(
+        "Keys, usage, upstream accounts and aliases. Sign in on the pages first; what changes something carries the CSRF token. "
+        "A request that is not valid, or lies beyond a limit, gets 400 with what is wrong in `fields`."
+    ),
     urls_namespace="api",
     auth=[SignedIn()],
     docs_decorator=login_required,
 )
 api.add_router("", keys)
 api.add_router("", usage)
+api.add_router("", credentials)
+api.add_router("", routes)
 
 
 def _say(request: HttpRequest, status: int, code: str, message: str, fields: dict[str, list[str]] | None = None) -> HttpResponse:
-    error: dict[str, Any] = {"code": code, "message": message}
+    # What was sent may be quoted in it, and a secret that stood in the wrong field with it: that stays out.
+    error: dict[str, Any] = {"code": code, "message": redact(message)}
     if fields:
-        error["fields"] = fields
+        error["fields"] = {redact(name): [redact(problem) for problem in problems] for name, problems in fields.items()}
     return api.create_response(request, {"error": error}, status=status)
 
 
@@ -76,7 +119,7 @@ def _conflict(request: HttpRequest, problem: Conflict) -> HttpResponse:
 @api.exception_handler(ValidationError)
 def _invalid(request: HttpRequest, problem: ValidationError) -> HttpResponse:
     fields = problem.message_dict if hasattr(problem, "error_dict") else None
-    return _say(request, 422, "invalid", " ".join(problem.messages), fields)
+    return _say(request, 400, "invalid", " ".join(problem.messages), fields)
 
 
 @api.exception_handler(WrongRequest)
@@ -86,4 +129,4 @@ def _wrong_request(request: HttpRequest, problem: WrongRequest) -> HttpResponse:
         # The first step is where it stood (body, query), and for a body the second is our parameter's name.
         place = error["loc"][2:] if error["loc"][0] == "body" else error["loc"][1:]
         fields.setdefault(".".join(map(str, place)) or "body", []).append(error["msg"])
-    return _say(request, 422, "invalid", "The request is not valid: " + ", ".join(fields) + ".", fields)
+    return _say(request, 400, "invalid", "The request is not valid: " + ", ".join(fields) + ".", fields)

@@ -6,6 +6,7 @@ in `manage.py check --deploy` alone.
 
 from __future__ import annotations
 
+import math
 import re
 import sqlite3
 from collections.abc import Sequence
@@ -20,30 +21,17 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connection
 from django.http.request import validate_host
 
-from project.env import Env
+from project.env import LOOPBACK, Env
 from project.runtime import timeouts_of
 
 Apps = Sequence[AppConfig] | None
 
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 MOUNTS = Path("/proc/self/mountinfo")
 NETWORK_FILESYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs"})
 FILESYSTEMS_IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 # Older ones have a race that can corrupt the write-ahead log when two connections write and checkpoint at once.
 SQLITE_WITHOUT_RACE = (3, 51, 3)
-
-
-@checks.register
-def no_redis_yet(app_configs: Apps, **_: Any) -> list[checks.CheckMessage]:
-    if _env().redis_url is None:
-        return []
-    return [
-        checks.Error(
-            "REDIS_URL is set, and this release cannot use Redis yet.",
-            hint="Limits live in the memory of one process: unset REDIS_URL and run a single `serve`.",
-            id="sluice.E001",
-        )
-    ]
+CONNECTIONS_SHARE = 0.8  # of what Postgres takes: the rest is for people, backups and whatever else asks it
 
 
 @checks.register
@@ -144,6 +132,29 @@ def sqlite_is_sound(app_configs: Apps, **_: Any) -> list[checks.CheckMessage]:
             id="sluice.W008",
         )
     ]
+
+
+def connections() -> tuple[int, int]:
+    """How many clients this Postgres takes, superusers' reserve left out, and how many it has. Raises DatabaseError."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int, "
+            "count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+        )
+        allowed, used = cursor.fetchone()
+        return int(allowed), int(used)
+
+
+def lacks_connections(workers: int, allowed: int) -> str:
+    """What to say where so many workers may want more connections than a Postgres should give them; else nothing."""
+    wanted = workers * int(settings.POSTGRES_CONNECTIONS)
+    if wanted <= CONNECTIONS_SHARE * allowed:
+        return ""
+    enough = math.ceil(wanted / CONNECTIONS_SHARE)
+    return (
+        f"{workers} workers may open {wanted} connections to PostgreSQL, which takes {allowed} in all, those of Celery, pages and commands "
+        f"included. Set max_connections to {enough} or more there, or start fewer workers."
+    )
 
 
 def filesystem_of(path: Path, mounts: str) -> str:

@@ -20,6 +20,8 @@ from environ.fileaware_mapping import FileAwareMapping
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
 T = TypeVar("T")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -39,6 +41,7 @@ class Env:
     cors_allow_origins: list[str]
     trusted_proxies: list[Network]
     email_url: str
+    mail_from: str | None
     public_url: str
     egress_allow: list[Network]
     debug: bool
@@ -47,6 +50,7 @@ class Env:
     journal_fsync: bool
     journal_max_bytes: int
     journal_segment_bytes: int
+    usage_retention_days: int | None
     body_limit_bytes: int
     pool_wait_seconds: float
     connect_seconds: float
@@ -63,6 +67,10 @@ class Env:
     reader_seconds: float
     stall_seconds: float
     open_requests: int
+    upstream_requests: int
+    ejection_seconds: float
+    cut_revoked_calls: bool
+    metrics_token: str | None
 
     @property
     def one_process(self) -> bool:
@@ -77,6 +85,7 @@ def read(environment: Mapping[str, str] = os.environ) -> Env:
     if not data_dir.is_absolute():
         data_dir = Path.cwd() / data_dir
     port = say.number("PORT", 8000, least=1, most=65535)
+    open_requests = say.number("OPEN_REQUESTS", 2500, least=1)
     return Env(
         data_dir=data_dir,
         database_url=say.text("DATABASE_URL", f"sqlite:///{data_dir / 'sluice.sqlite3'}"),
@@ -89,6 +98,7 @@ def read(environment: Mapping[str, str] = os.environ) -> Env:
         cors_allow_origins=say.words("CORS_ALLOW_ORIGINS", "*"),
         trusted_proxies=say.networks("TRUSTED_PROXIES"),
         email_url=say.text("EMAIL_URL", "consolemail://"),
+        mail_from=say.optional("MAIL_FROM"),
         public_url=say.url("PUBLIC_URL", f"http://127.0.0.1:{port}"),
         egress_allow=say.networks("EGRESS_ALLOW"),
         debug=say.flag("DEBUG", default=False),
@@ -97,6 +107,7 @@ def read(environment: Mapping[str, str] = os.environ) -> Env:
         journal_fsync=say.flag("JOURNAL_FSYNC", default=False),
         journal_max_bytes=say.number("JOURNAL_MAX_BYTES", 1 << 30, least=1 << 16),
         journal_segment_bytes=say.number("JOURNAL_SEGMENT_BYTES", 8 << 20, least=1 << 12),
+        usage_retention_days=say.optional_number("USAGE_RETENTION_DAYS", least=1, most=36500),
         body_limit_bytes=say.number("BODY_LIMIT_BYTES", 32 << 20, least=1 << 10),
         pool_wait_seconds=say.seconds("POOL_WAIT_SECONDS", 2),
         connect_seconds=say.seconds("CONNECT_SECONDS", 5),
@@ -112,8 +123,18 @@ def read(environment: Mapping[str, str] = os.environ) -> Env:
         keep_alive_seconds=say.seconds("KEEP_ALIVE_SECONDS", 75),
         reader_seconds=say.seconds("READER_SECONDS", 60),
         stall_seconds=say.seconds("STALL_SECONDS", 1),
-        open_requests=say.number("OPEN_REQUESTS", 1000, least=1),
+        open_requests=open_requests,
+        upstream_requests=say.number("UPSTREAM_REQUESTS", max(1, open_requests // 2), least=1),
+        ejection_seconds=say.seconds("EJECTION_SECONDS", 30),
+        cut_revoked_calls=say.flag("CUT_REVOKED_CALLS", default=False),
+        metrics_token=say.secret("METRICS_TOKEN"),
     )
+
+
+def keyring_file(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Where the keyring was read from, if the operator gave a file."""
+    path = environment.get("KEYRING_FILE", "").strip()
+    return Path(path) if path else None
 
 
 class _Reader:
@@ -158,6 +179,9 @@ class _Reader:
         if not least <= value <= most:
             raise ImproperlyConfigured(f"{name}: {value} is not between {least} and {most}.")
         return value
+
+    def optional_number(self, name: str, *, least: int, most: int) -> int | None:
+        return None if self.optional(name) is None else self.number(name, least, least=least, most=most)
 
     def seconds(self, name: str, default: float, *, may_be_none: bool = False) -> float:
         value = self._parsed(name, default, float, "a number of seconds")

@@ -14,6 +14,7 @@ import logging
 import re
 import struct
 import termios
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,12 +23,14 @@ from urllib.parse import unquote
 import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from providers.wire import ApiError, encode_json
-from proxy.call import Message, Scope, new_request_id
+from project.exchange import Answered, Exchange, KeptRefusal, ServerFailed, UnusualExchange, error_answer
+from providers.wire import ApiError
+from proxy.call import Scope
 from proxy.errors import GatewayError, InvalidRequest, TooLarge, Unavailable
+from proxy.http import header_dict
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,8 @@ MOST_WAITING_BYTES = 32 << 10
 LINGER_SECONDS = 1.0
 MOST_DISCARDED_BYTES = 1 << 20
 
-PROBES = frozenset({"/healthz", "/readyz"})
+# Who watches must see that it is full.
+WATCHED = frozenset({b"/healthz", b"/readyz", b"/metrics"})
 # Header fields that say how to read the request: each may come once.
 DECISIVE = frozenset({b"host", b"expect", b"transfer-encoding", b"content-length"})
 CONTINUE = b"100-continue"
@@ -89,12 +93,6 @@ class UnknownVersion(GatewayError):
     code = "unknown_http_version"
 
 
-class ServerFailed(GatewayError):
-    status = 500
-    type = "server_error"
-    code = "internal_error"
-
-
 class _Nowhere(list[tuple[bytes, bytes]]):
     """Takes header fields and keeps none."""
 
@@ -103,6 +101,9 @@ class _Nowhere(list[tuple[bytes, bytes]]):
 
 
 NOWHERE = _Nowhere()
+FULL = Busy("The gateway has too many requests open. Try again shortly.", retry_after_seconds=1)
+TOLD_FULL = KeptRefusal(FULL)
+ANSWERED = Answered()
 
 
 class Refused(Exception):
@@ -127,17 +128,38 @@ class Limits:
     connections: int = 10_000
 
     @property
+    def websockets(self) -> int:
+        """They are requests that stay open for as long as a page is looked at: most of the room is for others."""
+        return max(1, self.open_requests // 4)
+
+    @property
     def look_every_seconds(self) -> float:
         shortest = min(self.head_seconds, self.body_idle_seconds, self.body_slow_seconds, self.keep_alive_seconds, self.reader_seconds)
         return max(0.05, min(1.0, shortest / 10))
 
 
 class Guard:
-    """What the connections of one process share. `limits_bodies` tells for which requests the application itself does so."""
+    """What the connections of one process share. `limits_bodies` tells for which requests the application itself does so, and
+    `count_refused` is told the status and code of what the application never hears of.
 
-    def __init__(self, limits: Limits, *, limits_bodies: Callable[[Scope], bool]) -> None:
+    `websocket` makes the protocol that goes on after a handshake; `upgrades` tells which requests may be one. Without it, and
+    for all other requests, an offer to upgrade is ignored."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        limits_bodies: Callable[[Scope], bool],
+        websocket: Callable[..., Any] | None = None,
+        upgrades: Callable[[Scope], bool] = lambda scope: True,
+        count_refused: Callable[[int, str], None] = lambda status, code: None,
+    ) -> None:
         self.limits = limits
         self.limits_bodies = limits_bodies
+        self.websocket = websocket
+        self.upgrades = upgrades
+        self.count_refused = count_refused
+        self.websockets: set[Any] = set()  # those that are open
         self.draining = False
         # The loop's clock, as of the last look: a request that asks for the time often would pay for it.
         self.now = 0.0
@@ -162,14 +184,17 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(*args, **options)
         self.guard = guard
         self.phase = OPENED
+        self.reading: Exchange  # the request that came last
         self.since = self.guard.now  # of this phase; of the last bytes, while a body is read
-        self.running: Exchange | None = None  # the request being answered; later ones wait in `pipeline`
+        self.running: Exchange | None = None  # the request being answered
+        self.waiting: deque[Exchange] = deque()  # those behind it
         self.surplus = False  # a connection too many: it is told so
         self.refusal: ApiError | None = None  # waits for the answers before it
         self.read_bytes = 0  # by the last read
         self.head_bytes = 0  # by reads before the last one
         self.framing_bytes = 0  # read since the last piece of a body
         self.body_of_offer = b""  # how the body of a request is framed that offers to upgrade
+        self.websocket: Any = None  # takes over behind this head
         self.body_since = 0.0
         self.body_bytes = 0
         self.most_body_bytes = UNLIMITED
@@ -194,8 +219,10 @@ class GuardedProtocol(HttpToolsProtocol):
             try:
                 self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as offer:
-                # Nobody has to upgrade, and we do not: what follows is the body that belongs to the offer, or the next request.
                 data = data[offer.args[0] :]
+                if self.websocket is not None:
+                    return self._hand_over(data)
+                # Nobody has to upgrade, and we do not: what follows is the body that belongs to the offer, or the next request.
                 if self.body_of_offer:
                     self._read_body_of_offer()
                 if data:
@@ -204,7 +231,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 return self._refuse(_why(problem))
             break
         if self.phase == HEAD:
-            self.head_bytes += len(data)
+            self.head_bytes += self.read_bytes
             if self.head_bytes > MOST_HEAD_BYTES:
                 self._refuse(_too_large(self.url))
         elif self.phase == BODY:
@@ -245,7 +272,14 @@ class GuardedProtocol(HttpToolsProtocol):
             _check_unusual(version, fields)
         if b"transfer-encoding" in fields:
             _check_coding(version, fields)
+        method = parser.get_method().decode("ascii")
+        if method == "CONNECT":
+            # The parser takes all that follows for the tunnel's, and so would take a body for the next request.
+            raise Refused(BadFraming("No tunnel begins here."))
         raw_path, _, query = target.partition(b"?")
+        crowded = len(self.tasks) >= guard.limits.open_requests or self.surplus or self.waiting
+        if crowded and self._turns_away(raw_path, fields, usual=usual):
+            return
         path = raw_path.decode("ascii")
         scope: Any = {
             "type": "http",
@@ -254,66 +288,68 @@ class GuardedProtocol(HttpToolsProtocol):
             "server": self.server,
             "client": self.client,
             "scheme": self.scheme,
-            "method": parser.get_method().decode("ascii"),
+            "method": method,
             "root_path": "",
             "path": unquote(path) if "%" in path else path,
             "raw_path": raw_path,
             "query_string": query,
             "headers": headers,
-            "state": self.app_state.copy(),
+            "state": self.app_state.copy() if self.app_state else {},
         }
         if (b"content-length" in fields or b"transfer-encoding" in fields) and not guard.limits_bodies(scope):
             self._check_body_size(fields.get(b"content-length", b"0"))
-        if len(self.tasks) >= guard.limits.open_requests or self.surplus or self.pipeline:
-            self._check_room(scope["path"])
+        offers = b"upgrade" in fields and parser.should_upgrade()
+        if offers and guard.websocket is not None and _is_handshake(scope, fields) and guard.upgrades(scope) and self.running is None:
+            self._check_room_for_websocket()
+            self.websocket = guard.websocket(guard, scope, self.config, self.server_state, self.app_state)
+            return
         make = Exchange if usual else UnusualExchange
-        self.cycle = exchange = make(
-            scope=scope,
-            transport=self.transport,
-            flow=self.flow,
-            logger=self.logger,
-            access_logger=self.access_logger,
-            access_log=self.access_log,
-            default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
-            expect_100_continue=b"expect" in fields and version == "1.1",
+        exchange = make(
+            self,
+            scope,
+            fields if headers is self.headers and len(fields) == len(headers) else header_dict(headers),
             keep_alive=version == "1.1" and not guard.draining and parser.should_keep_alive(),
-            on_response=self.on_response_complete,
+            expects_continue=b"expect" in fields and version == "1.1",
         )
-        self.body_of_offer = _framing(fields) if b"upgrade" in fields and parser.should_upgrade() else b""
-        # What follows a body (a trailer) must not change what was said before it.
-        self.headers = NOWHERE
-        self.body_since, self.framing_bytes = self.since, -self.read_bytes
-        self.phase = BODY
+        self.body_of_offer = _framing(fields) if offers else b""
+        self._read_body_of(exchange)
         if self.running is None:
             self._start(exchange)
         else:
             self.flow.pause_reading()
-            self.pipeline.appendleft((exchange, self.app))
+            self.waiting.append(exchange)
+
+    def _read_body_of(self, exchange: Exchange) -> None:
+        self.reading = exchange
+        # What follows a body (a trailer) must not change what was said before it.
+        self.headers = NOWHERE
+        self.body_since, self.framing_bytes = self.since, -self.read_bytes
+        self.phase = BODY
 
     def on_body(self, body: bytes) -> None:
-        exchange = self.cycle
+        exchange = self.reading
         self.body_bytes += len(body)
         self.framing_bytes = -self.read_bytes
         if self.body_bytes > self.most_body_bytes:
             raise Refused(TooLarge(f"The body is larger than {self.most_body_bytes} bytes."))
         if exchange.response_complete:
             return
-        exchange.body += body
+        exchange.body = exchange.body + body if exchange.body else body
         if len(exchange.body) > HIGH_WATER_LIMIT:
             self.flow.pause_reading()
-        exchange.message_event.set()
+        exchange.wake()
 
     def on_message_complete(self) -> None:
-        if self.body_of_offer:
+        if self.body_of_offer or self.websocket is not None:
             return  # says the parser, which leaves that body out
-        exchange = self.cycle
+        exchange = self.reading
         if exchange.response_complete:
             self.phase, self.since = IDLE, self.guard.now
+            self.read_bytes = 0  # what stands behind it in this read counts for nothing
             return
         self.phase = READ
         exchange.more_body = False
-        exchange.message_event.set()
+        exchange.wake()
 
     def _read_body_of_offer(self) -> None:
         """The parser takes what follows an offer to upgrade for another protocol. A fresh one, told only how the body is framed,
@@ -321,6 +357,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(_Onward(self))
         self.parser.feed_data(b"POST / HTTP/1.1\r\n" + self.body_of_offer + b"\r\n\r\n")
         self.body_of_offer = b""
+
+    def _hand_over(self, rest: bytes) -> None:
+        self.connections.discard(self)
+        self.websocket.take_over(self.transport, rest)
 
     # What is checked before the application hears of a request; each raises Refused
 
@@ -343,20 +383,35 @@ class GuardedProtocol(HttpToolsProtocol):
         if int(announced) > self.most_body_bytes:
             raise Refused(TooLarge(f"The body is larger than {self.most_body_bytes} bytes."))
 
-    def _check_room(self, path: str) -> None:
-        if len(self.pipeline) >= MOST_PIPELINED:
+    def _turns_away(self, path: bytes, fields: dict[bytes, bytes], *, usual: bool) -> bool:
+        """Whether there is no room for it and it has been told so, for a tenth of what an answer costs. Others are refused as any mistake
+        is, by closing the connection, which costs four times as much, and as much again when the client comes with the next one."""
+        if len(self.waiting) >= MOST_PIPELINED:
             raise Refused(Busy("Too many requests wait on this connection: send the next after an answer.", retry_after_seconds=1))
         full = len(self.tasks) >= self.guard.limits.open_requests or self.surplus
-        if full and path not in PROBES:
-            raise Refused(Busy("The gateway has too many requests open. Try again shortly.", retry_after_seconds=1))
+        if not full or path in WATCHED:
+            return False
+        idle = self.running is None and not self.surplus and not self.flow.write_paused and not self.guard.draining
+        small = b"transfer-encoding" not in fields and int(fields.get(b"content-length", b"0")) <= HIGH_WATER_LIMIT
+        is_call = usual and self.parser.get_method() == b"POST" and b"upgrade" not in fields
+        if not (idle and small and is_call and self.parser.should_keep_alive()):
+            raise Refused(FULL)
+        self.guard.count_refused(FULL.status, FULL.code or FULL.type)
+        self.transport.write(TOLD_FULL.answer())
+        self._read_body_of(ANSWERED)
+        return True
+
+    def _check_room_for_websocket(self) -> None:
+        if self.guard.draining:
+            raise Refused(Unavailable("The server is being stopped. Try again.", code="shutdown", retry_after_seconds=1))
+        if len(self.guard.websockets) >= self.guard.limits.websockets:
+            raise Refused(Busy("The server has too many websockets open. Try again shortly.", retry_after_seconds=5))
 
     # One answer after the other
 
     def _start(self, exchange: Exchange) -> None:
         self.running = exchange
-        task = self.loop.create_task(exchange.run_asgi(self.app))
-        task.add_done_callback(self.tasks.discard)
-        self.tasks.add(task)
+        exchange.run(self.app, self.loop)
 
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
@@ -364,9 +419,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self.unsent_bytes = 0
         if self.transport.is_closing():
             return None
-        if self.pipeline:
-            exchange, _ = self.pipeline.pop()
-            return self._start(exchange)  # type: ignore[arg-type]  # the queue holds what on_headers_complete put there
+        if self.waiting:
+            return self._start(self.waiting.popleft())
         self.flow.resume_reading()
         if self.refusal is not None:
             self._say(self.refusal)
@@ -377,15 +431,15 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _refuse(self, problem: ApiError) -> None:
         """Read no further, answer the request that is being read with an error, and close."""
+        self.guard.count_refused(problem.status, problem.code or problem.type)
         was, self.phase, self.since = self.phase, REFUSED, self.guard.now
         if was == BODY:
-            exchange = self.cycle
+            exchange = self.reading
             if exchange is not self.running and not exchange.response_complete:
-                self.pipeline.popleft()  # its turn had not come
+                self.waiting.pop()  # its turn had not come
             else:
                 self.running = None
-                exchange.disconnected = True
-                exchange.message_event.set()
+                exchange.leave()
                 if exchange.response_started:
                     return self.transport.close()  # in the middle of an answer nothing can be said
         if self.running is None:
@@ -398,7 +452,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.since, self.read_bytes = self.guard.now, 0
         self.flow.resume_reading()
         if not self.transport.is_closing():
-            self.transport.write(answer(problem))
+            self.transport.write(error_answer(problem))
             self.transport.write_eof()
 
     def _discard(self, size: int) -> None:
@@ -412,9 +466,8 @@ class GuardedProtocol(HttpToolsProtocol):
         running = self.running
         if running is not None and not running.response_complete:
             # Not always the request that came last, of which uvicorn thinks.
-            running.disconnected = True
-            running.message_event.set()
-        self.pipeline.clear()
+            running.leave()
+        self.waiting.clear()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -424,7 +477,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """Close as soon as nothing is lost by it: at once between requests, else after the answers that were begun."""
         if self.running is not None:
-            self.cycle.keep_alive = False
+            self.reading.keep_alive = False
         elif self.phase not in (HEAD, REFUSED):
             self.transport.close()
 
@@ -456,7 +509,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _look_at_body(self, now: float) -> None:
         limits = self.guard.limits
-        if self.flow.read_paused or self.cycle.waiting_for_100_continue:
+        if self.flow.read_paused or self.reading.waiting_for_100_continue:
             # It is us who keep the client waiting.
             self.since = now
             self.body_since += limits.look_every_seconds
@@ -475,50 +528,6 @@ class GuardedProtocol(HttpToolsProtocol):
         if not self.unsent_bytes or unsent < self.unsent_bytes:
             self.unsent_bytes, self.progress_at = unsent, now
         return now - self.progress_at >= self.guard.limits.reader_seconds
-
-
-class Exchange(RequestResponseCycle):
-    """One request and its answer."""
-
-    async def run_asgi(self, app: Any) -> None:
-        try:
-            await app(self.scope, self.receive, self.send)
-            if not self.response_complete and not self.disconnected:
-                log.error("The application ended without a whole answer to %s %s", self.scope["method"], self.scope["path"])
-                await self.fail(ServerFailed("The server failed."))
-        except asyncio.CancelledError:
-            await self.fail(Unavailable("The server is being stopped. Try again.", code="shutdown", retry_after_seconds=1))
-        except Exception:
-            log.exception("The application failed at %s %s", self.scope["method"], self.scope["path"])
-            await self.fail(ServerFailed("The server failed."))
-        finally:
-            self.on_response = _nothing
-
-    async def fail(self, problem: ApiError) -> None:
-        """Say so if nothing has been said yet; otherwise the missing end of the answer says it."""
-        self.keep_alive = False
-        if not self.response_started and not self.disconnected:
-            self.response_started = self.response_complete = True
-            self.transport.write(answer(problem))
-            self.message_event.set()
-        self.transport.close()
-
-
-class UnusualExchange(Exchange):
-    """With a client that speaks HTTP/1.0, or asks before it sends its body. Apart, because others need not pay for it."""
-
-    ends_with_connection = False
-
-    async def send(self, message: Message) -> None:  # type: ignore[override]  # ASGI's messages are plain dicts to us
-        if message["type"] == "http.response.start":
-            if self.waiting_for_100_continue:
-                # It was not told to send its body, and may send it or not: nobody could tell where the next request begins.
-                self.keep_alive = False
-            if self.scope["http_version"] == "1.0" and not _has_length(message):
-                self.ends_with_connection, self.chunked_encoding = True, False
-        elif self.ends_with_connection and self.scope["method"] != "HEAD":
-            self.expected_content_length = len(message.get("body", b""))
-        await super().send(message)  # type: ignore[arg-type]
 
 
 class _Onward:
@@ -546,18 +555,6 @@ class _Onward:
         if not self._first:
             self._connection.on_headers_complete()
         self._first = False
-
-
-def answer(problem: ApiError) -> bytes:
-    """An error as a whole HTTP answer, after which the connection closes."""
-    body = encode_json(problem.body())
-    head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nx-request-id: {new_request_id()}\r\n"
-    # It tells a page of any origin no more than what that page itself sent wrongly.
-    head += "access-control-allow-origin: *\r\n"
-    if problem.retry_after_seconds is not None:
-        head += f"retry-after: {problem.retry_after_seconds:g}\r\n"
-    head += "connection: close\r\n\r\n"
-    return STATUS_LINE[problem.status] + head.encode() + body
 
 
 def _too_large(url: bytes) -> ApiError:
@@ -600,8 +597,10 @@ def _framing(fields: dict[bytes, bytes]) -> bytes:
     return b"Content-Length: " + length if int(length) else b""
 
 
-def _has_length(message: Message) -> bool:
-    return any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+def _is_handshake(scope: Scope, fields: dict[bytes, bytes]) -> bool:
+    """Of a websocket, by RFC 6455: any other offer to upgrade is ignored."""
+    asks = scope["method"] == "GET" and scope["http_version"] == "1.1" and fields[b"upgrade"].strip().lower() == b"websocket"
+    return asks and not _framing(fields)
 
 
 def _why(problem: httptools.HttpParserError) -> ApiError:
@@ -626,7 +625,3 @@ def in_kernel(transport: asyncio.Transport) -> int:
     except (OSError, ValueError):
         return 0
     return int(struct.unpack("i", found)[0])
-
-
-def _nothing() -> None:
-    pass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import os
 import secrets
 from pathlib import Path
@@ -17,29 +18,56 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from django.core.exceptions import ImproperlyConfigured
 
+log = logging.getLogger(__name__)
+
 PURPOSES = ("seal", "pepper")
 MINIMUM_LENGTH = 32
 
 
 class Keyring:
-    """Reads its text at the first use, so that commands which need no key leave no file behind."""
+    """Reads its text at the first use, so that commands which need no key leave no file behind.
 
-    def __init__(self, text: str | None, path: Path | None) -> None:
-        """`text` is what the operator gave; otherwise `path` is read, and made (0600) when it is absent.
+    A keyring that is a file is read again when it has changed: it can be rotated while everything runs."""
 
-        Both None means that a keyring must be given: `keys` then raises ImproperlyConfigured."""
+    def __init__(self, text: str | None, path: Path | None, *, given: Path | None = None) -> None:
+        """`text` is what the operator gave, and `given` the file it came from, if it did; otherwise `path` is read, and made (0600)
+        when it is absent. None of them means that a keyring must be given: `keys` then raises ImproperlyConfigured."""
         self._text = text
         self._path = path
+        self._watched = given if given is not None else path if text is None else None
+        self._seen: tuple[int, int, int] | None = None  # what the file was like when it was read
         self._entries: list[tuple[str | None, str]] | None = None
 
     def keys(self, purpose: str) -> dict[str, bytes]:
         """Key id (8 hex digits) -> 32 bytes for this purpose, the newest first. Raises ImproperlyConfigured."""
         if self._entries is None:
             self._entries = _parse(self._read())
+            self._seen = self._looks()
+        elif (looks := self._looks()) is not None and looks != self._seen:
+            self._read_again(looks)
         keys = {_fingerprint(secret): _derive(secret, purpose) for only, secret in self._entries if only in (None, purpose)}
         if not keys:
             raise ImproperlyConfigured(f"KEYRING has no entry for '{purpose}': add a line with a secret of 32 characters or more.")
         return keys
+
+    def _looks(self) -> tuple[int, int, int] | None:
+        if self._watched is None:
+            return None
+        try:
+            found = self._watched.stat()
+        except OSError:
+            return None  # gone for a moment, or for good: what was read stays in force
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def _read_again(self, looks: tuple[int, int, int]) -> None:
+        assert self._watched is not None
+        self._seen = looks  # whatever comes of it: a bad file is complained of once
+        try:
+            self._entries = _parse(self._watched.read_text()) or self._entries
+        except (OSError, ImproperlyConfigured) as problem:
+            log.error("%s has changed and cannot be used; what was read before stays in force. %s", self._watched, problem)
+        else:
+            log.info("The keyring has changed, and was read again from %s", self._watched)
 
     def _read(self) -> str:
         if self._text is not None:

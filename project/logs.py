@@ -1,4 +1,7 @@
-"""Formats log records and takes secrets out of them: the message, its arguments and the traceback alike."""
+"""Formats log records and takes secrets out of them: the message, its arguments and the traceback alike.
+
+Much of what is logged was said by strangers. Whatever it holds, a line that begins at the margin is a record of ours.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,13 @@ import logging
 from datetime import UTC, datetime
 
 from providers.secrets import redact
+from proxy.call import current_request
+
+# Control characters, and what else may end a line. A newline and a tab stay, for tracebacks.
+UNPRINTABLE = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)] if code not in (9, 10)} | {
+    0x2028: "\\u2028",
+    0x2029: "\\u2029",
+}
 
 
 class RedactingFormatter(logging.Formatter):
@@ -16,13 +26,15 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if not self._json:
-            return redact(super().format(record))
+            return redact(super().format(record)).translate(UNPRINTABLE).replace("\n", "\n    ")
         line = {
             "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
             "logger": record.name,
             "message": redact(record.getMessage()),
         }
+        if request_id := current_request.get():
+            line["request_id"] = request_id
         if record.exc_info:
             line["traceback"] = redact(self.formatException(record.exc_info))
         return json.dumps(line, ensure_ascii=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from django.contrib import admin
@@ -12,8 +14,24 @@ from django.urls import reverse
 from django.utils.http import url_has_allowed_host_and_scheme
 from unfold.sites import UnfoldAdminSite
 
+# Each word of a search is one more condition on each field that is searched: a few hundred are more than a database takes.
+MOST_SEARCHED, MOST_WORDS = 64, 8
+_SEARCHES = ("q", "s", "term")  # of lists, of the box in the corner, of fields that complete what is typed
+
 
 class OperatorSite(UnfoldAdminSite):
+    def admin_view(self, view: Callable[..., HttpResponse], cacheable: bool = False) -> Callable[..., HttpResponse]:
+        @wraps(view)
+        def searching_little(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponse:
+            searched = [request.GET.get(name, "") for name in _SEARCHES]
+            if any(len(words) > MOST_SEARCHED or len(words.split()) > MOST_WORDS for words in searched):
+                said = f"A search has at most {MOST_SEARCHED} letters and {MOST_WORDS} words."
+                return HttpResponse(said, status=400, content_type="text/plain")
+            return view(request, *args, **kwargs)
+
+        checked: Callable[..., HttpResponse] = super().admin_view(searching_little, cacheable)
+        return checked
+
     def has_permission(self, request: HttpRequest) -> bool:
         user = request.user
         return user.is_active and user.is_staff and user.is_superuser
@@ -47,6 +65,8 @@ _NAVIGATION: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
             ("providers_upstreammodel", "Models", "deployed_code"),
             ("providers_price", "Prices", "sell"),
             ("proxy_route", "Aliases", "alt_route"),
+            ("proxy_frozenmodel", "Frozen models", "ac_unit"),
+            ("proxy_rest", "Rests", "hourglass_top"),
         ),
     ),
     (
@@ -68,10 +88,10 @@ def navigation(request: HttpRequest) -> list[dict[str, Any]]:
     return [
         {
             "title": title,
-            "separator": True,
+            "separator": number > 0,
             "items": [
                 {"title": name, "icon": icon, "link": reverse(f"admin:{model}_changelist")} for model, name, icon in items if model in known
             ],
         }
-        for title, items in _NAVIGATION
+        for number, (title, items) in enumerate(_NAVIGATION)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from urllib.parse import urlsplit
 
 import environ
 from django.core.exceptions import ImproperlyConfigured
@@ -28,13 +29,13 @@ else:
     raise ImproperlyConfigured(
         "SECRET_KEY is not set. With Postgres or Redis several processes must share it: set SECRET_KEY or SECRET_KEY_FILE."
     )
-KEYRING = Keyring(ENV.keyring, DATA_DIR / "keyring" if ENV.one_process else None)
+KEYRING = Keyring(ENV.keyring, DATA_DIR / "keyring" if ENV.one_process else None, given=_env.keyring_file())
 
 ALLOWED_HOSTS = ENV.allowed_hosts
 CSRF_TRUSTED_ORIGINS = [ENV.public_url]
 
 INSTALLED_APPS = [
-    "daphne",  # before staticfiles: it replaces runserver with one that speaks ASGI
+    "project.apps.ProjectConfig",  # before staticfiles: it replaces runserver with Daphne's
     "unfold.apps.BasicAppConfig",  # only its templates and classes: the site is ours
     "project.apps.OperatorsAdmin",
     "django.contrib.auth",
@@ -49,7 +50,6 @@ INSTALLED_APPS = [
     "accounts",
     "providers",
     "proxy",
-    "project.apps.ProjectConfig",
 ]
 
 MIDDLEWARE = [
@@ -84,6 +84,7 @@ TEMPLATES = [
 
 # Data
 
+POSTGRES_CONNECTIONS = 8  # of one process
 DATABASES = {"default": environ.Env.db_url_config(ENV.database_url)}
 if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
     DATABASES["default"]["OPTIONS"] = {
@@ -94,7 +95,19 @@ if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
         "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA cache_size=-16000; PRAGMA wal_autocheckpoint=0;",
     }
 else:
-    DATABASES["default"].setdefault("OPTIONS", {})["pool"] = {"min_size": 0, "max_size": 8, "timeout": 5}
+    # Each connection is asked whether it lives before it is handed out, so that a restart of the database is felt by nobody who
+    # comes after it. The pool gives an attempt up early: its pauses grow to half a minute, and it makes no other meanwhile.
+    DATABASES["default"] |= {"CONN_HEALTH_CHECKS": True}
+    DATABASES["default"]["OPTIONS"] = {
+        "application_name": "sluice",
+        "connect_timeout": 5,
+        "keepalives_idle": 30,
+        "tcp_user_timeout": 10_000,  # milliseconds: a machine that is gone says nothing
+        **DATABASES["default"].get("OPTIONS", {}),
+        "pool": {"min_size": 0, "max_size": POSTGRES_CONNECTIONS, "timeout": 3, "reconnect_timeout": 1, "max_lifetime": 30 * 60},
+    }
+# What one part of a process tells another. A socket stays in its group for as long as it lives, whatever its age.
+CHANNEL_LAYERS = {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer", "CONFIG": {"capacity": 20, "group_expiry": 10**9}}}
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 # People
@@ -117,6 +130,8 @@ ACCOUNT_SIGNUP_FIELDS = ["email*", "password1*", "password2*"]
 ACCOUNT_EMAIL_VERIFICATION = "none"
 ACCOUNT_SESSION_REMEMBER = True
 globals().update(environ.Env.email_url_config(ENV.email_url))
+EMAIL_TIMEOUT = 10
+DEFAULT_FROM_EMAIL = SERVER_EMAIL = ENV.mail_from or f"Sluice <sluice@{urlsplit(ENV.public_url).hostname}>"
 
 SESSION_COOKIE_HTTPONLY = True
 SESSION_COOKIE_SAMESITE = "Lax"
@@ -131,6 +146,8 @@ DATA_UPLOAD_MAX_MEMORY_SIZE = 2_621_440
 LANGUAGE_CODE = "en"
 TIME_ZONE = "UTC"
 USE_TZ = True
+# Times in the admin are UTC, and short enough for a column.
+FORMAT_MODULE_PATH = ["project.formats"]
 STATIC_URL = "/static/"
 STATICFILES_DIRS = [BASE_DIR / "static"]
 STATIC_ROOT = BASE_DIR / "staticfiles"
@@ -192,6 +209,7 @@ LOGGING = {
         "django": {"handlers": [], "level": "INFO", "propagate": True},
         "django.server": {"handlers": [], "level": "INFO", "propagate": True},
         "uvicorn": {"handlers": [], "level": "INFO", "propagate": True},
+        "uvicorn.websocket": {"handlers": [], "level": "WARNING", "propagate": True},
         "uvicorn.access": {"handlers": [], "level": "WARNING", "propagate": True},
         "httpx": {"handlers": [], "level": "WARNING", "propagate": True},
         "httpcore": {"handlers": [], "level": "WARNING", "propagate": True},

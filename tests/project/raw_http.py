@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ import uvicorn
 
 from project.guard import Guard, Limits
 from project.server import Server
+from project.websocket import MOST_MESSAGE_BYTES, GuardedWebSocket
 from tests.serving import Sluice, eventually, free_port
 
 
@@ -26,6 +29,7 @@ class Answer:
     headers: dict[str, str]
     body: bytes
     informational: list[int] = field(default_factory=list)
+    is_whole: bool = True  # False: the connection ended before the answer did
 
     @property
     def error(self) -> dict[str, Any]:
@@ -73,8 +77,8 @@ class Peer:
         found, self.unread = self.unread[:size], self.unread[size:]
         return found
 
-    def answer(self) -> Answer:
-        informational = []
+    def answer(self, *, may_be_cut: bool = False) -> Answer:
+        informational, is_whole = [], True
         while True:
             first, *lines = self._until(b"\r\n\r\n").decode("latin-1").split("\r\n")
             status = int(first.split()[1])
@@ -86,12 +90,17 @@ class Peer:
             body = self._exactly(int(headers["content-length"]))
         elif headers.get("transfer-encoding") == "chunked":
             body = b""
-            while size := int(self._until(b"\r\n"), 16):
-                body += self._exactly(size + 2)[:-2]
-            self._exactly(2)
+            try:
+                while size := int(self._until(b"\r\n"), 16):
+                    body += self._exactly(size + 2)[:-2]
+                self._exactly(2)
+            except ConnectionError:
+                if not may_be_cut:
+                    raise
+                is_whole = False
         else:
             body = self.rest()
-        return Answer(status, headers, body, informational)
+        return Answer(status, headers, body, informational, is_whole)
 
     def rest(self) -> bytes:
         """All until the other side closes. A reset counts as closed."""
@@ -143,17 +152,49 @@ def memory_of(pid: int) -> int:
         return int(statm.read().split()[1]) * 4096
 
 
+def cpu_of(pid: int) -> float:
+    """Seconds of a processor that a process has used."""
+    with open(f"/proc/{pid}/stat") as stat:
+        user, system = stat.read().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 class Small:
     """A server with our guard around an application of the test's own, in a thread."""
 
-    def __init__(self, app: Any, limits: Limits, *, stall_seconds: float = 5, limits_bodies: bool = True) -> None:
+    def __init__(
+        self,
+        app: Any,
+        limits: Limits,
+        *,
+        stall_seconds: float = 5,
+        drain_delay: float = 0,
+        drain_seconds: float = 0.2,
+        limits_bodies: bool = True,
+        websockets: bool = False,
+    ) -> None:
         self.port = free_port()
         self.unready: set[str] = set()
         config = uvicorn.Config(
-            app, host="127.0.0.1", port=self.port, ws="none", lifespan="off", log_config=None, access_log=False, http=self._protocol
+            app,
+            host="127.0.0.1",
+            port=self.port,
+            ws="none",
+            ws_max_size=MOST_MESSAGE_BYTES,
+            ws_per_message_deflate=False,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            http=self._protocol,
         )
-        self.guard = Guard(limits, limits_bodies=lambda scope: limits_bodies)
-        env = SimpleNamespace(drain_delay=0, drain_seconds=0.2, stall_seconds=stall_seconds)
+        self.refused: Counter[tuple[int, str]] = Counter()  # by the guard, by status and code
+        self.guard = Guard(
+            limits,
+            limits_bodies=lambda scope: limits_bodies,
+            websocket=GuardedWebSocket if websockets else None,
+            count_refused=lambda *what: self.refused.update([what]),
+        )
+        env = SimpleNamespace(drain_delay=drain_delay, drain_seconds=drain_seconds, stall_seconds=stall_seconds)
         self.server = Server(config, self.guard, env, self.unready)  # type: ignore[arg-type]
         self._thread = threading.Thread(target=self.server.run)
 

@@ -8,15 +8,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
 if not hasattr(os, "sched_setaffinity"):
     pytest.skip("the benchmark needs Linux", allow_module_level=True)
 
-from bench import machine, plan, report
+from bench import machine, plan, report, services, translation
 from bench.load import Again, Order, Window
 from bench.subjects import Gateway, Mock, Subject, find_nginx, mock_upstream, nginx, request
 from bench.upstream import BURST, EVENTS, LAST, STREAM_HEAD, WHOLE, stamped_event
+from providers import registry
 
 CORE = min(os.sched_getaffinity(0))
 
@@ -137,6 +139,39 @@ def test_the_clock_of_a_process_agrees_with_what_the_kernel_tells_of_it() -> Non
         busy.stdin.close()  # type: ignore[union-attr]
 
 
+def test_the_clock_of_a_family_has_what_its_members_took_also_when_they_have_ended() -> None:
+    own = machine.family_seconds(os.getpid())
+    busy = [sys.executable, "-c", "import time\nwhile time.process_time() < 0.2: pass"]
+    subprocess.run(busy, check=True)
+    assert 0.15 <= machine.family_seconds(os.getpid()) - own < 5  # of the ended only whole ticks of 10 ms are known
+
+
+@pytest.mark.postgres
+@pytest.mark.redis
+def test_the_services_are_measured_beside_what_they_serve(folder: Path, mock: Mock) -> None:
+    if services.why_not():
+        pytest.skip(services.why_not())
+    with services.services(folder, CORE) as beside:
+        found = services.Services(bench()).measure(direct(mock), mock, shortly("whole", direct(mock)), beside)
+        with psycopg.connect(beside.database_url) as connection:
+            connection.execute("SELECT sum(number) FROM generate_series(1, 2000000) number")
+            assert machine.family_seconds(beside.postgres) - machine.cpu_seconds(beside.postgres) > 0.05
+    assert found["redis_core"] < 0.2
+    assert found["postgres_core"] < 0.2
+
+
+def test_the_report_compares_the_gateway_with_and_without_services(tmp_path: Path) -> None:
+    beside = {"redis_core": 0.2, "postgres_core": 0.05, "redis_us": 40.0, "postgres_us": 10.0}
+    found = {"direct": figures(5), "embedded": figures(100, **beside), "services": figures(140, **beside)}
+    # A round that was slow for both says as much as any other.
+    found["runs"] = {"embedded": [figures(100), figures(200), figures(100)], "services": [figures(140), figures(240), figures(150)]}
+    kept = tmp_path / "services.json"
+    report.save(kept, {"about": report.about(tmp_path, quick=True), "results": {"whole": {"title": "one", **found}}})
+    tables = {title: rows for title, _, rows in report.tables(report.load(kept))}
+    assert tables["With Postgres and Redis"][0][:4] == ["one", "100.0", "140.0", "1.40"]
+    assert tables["The check"][1][4:7] == ["5%", "75%", "28.0"]
+
+
 def figures(cpu_us: float, **more: float) -> plan.Figures:
     known = {"main_thread_us": cpu_us / 2, "per_second": 1e6 / cpu_us, "load_core": 0.5, "subject_core": 1.0, "spread": 0.1}
     return {"cpu_us": cpu_us, "others_subject_core": 0.0, "others_load_core": 0.0, **known, **more}
@@ -170,13 +205,44 @@ def test_the_report_compares(run: report.Run) -> None:
 
 def test_the_report_fills_its_place_in_a_page(run: report.Run, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"Before.\n\n{report.BEGIN}\nold figures\n{report.END}\n\nAfter.\n")
+    page.write_text(f"Before.\n\n{report.BEGIN.format('figures')}\nold figures\n{report.END.format('figures')}\n\nAfter.\n")
     report.put_into(page, run)
     text = page.read_text()
     assert "old figures" not in text
     assert "| one | 20.0 | 90.0 | 4.5 |" in text
     assert text.startswith("Before.")
     assert text.endswith("After.\n")
+
+
+@pytest.mark.parametrize("kind", translation.kinds())
+def test_a_recorded_stream_is_made_longer_and_still_is_a_whole_answer(kind: str) -> None:
+    one = translation.recorded(kind)
+    assert b"".join(one.frames) == (translation.RECORDINGS / kind / "hello.stream").read_bytes()
+    reader = one.reader()
+    said = [reader.feed(frame) for frame in translation.lengthened(one)] + [reader.end()]
+    assert reader.events == translation.EVENTS
+    assert sum(map(len, said)) > 100 * translation.EVENTS
+    assert b"".join(said).count(b'"finish_reason":"stop"') == 1
+    assert said[-1].endswith(b"data: [DONE]\n\n") or said[-2].endswith(b"data: [DONE]\n\n")
+
+
+def test_the_cost_of_a_translation_is_measured_and_told(tmp_path: Path) -> None:
+    kind = translation.kinds()[0]
+    found = translation.cost_of(kind, rounds=2)
+    assert found["cpu_us"] > 0
+    assert found["events"] == translation.EVENTS
+    about = report.about(tmp_path, quick=True)
+    report.save(
+        tmp_path / "latest.json",
+        {"about": about, "results": {"translation": {kind: {**found, "cpu_us": 15.1}, "quick": {**found, "cpu_us": 2.0}}}},
+    )
+    [(title, _, rows)] = report.tables(report.load(tmp_path / "latest.json"))
+    assert title == "What translating one event of a stream costs"
+    assert [row[:3] for row in rows] == [[kind, "15.1", "no"], ["quick", "2.0", "yes"]]
+
+
+def test_what_passes_as_it_came_is_no_translation() -> None:
+    assert set(registry.names()) > set(translation.kinds()) != set()
 
 
 def test_the_median_is_of_each_figure_and_the_spread_of_the_rounds() -> None:

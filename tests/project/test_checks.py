@@ -5,19 +5,18 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
-from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from django.core.checks import CheckMessage, run_checks
-from django.core.management import call_command
-from django.core.management.base import SystemCheckError
 from pytest_django import Settings
 
 from project import checks, env
+from project.server import CUT_SECONDS, SETTLE_SECONDS
 from providers.clock import Timeouts
+from tests.serving import REPOSITORY
 
 Say = Callable[..., list[CheckMessage]]
 
@@ -50,14 +49,6 @@ def ids(messages: list[CheckMessage]) -> list[str]:
 
 def test_the_defaults_are_quiet(say: Say) -> None:
     assert say() == []
-
-
-def test_redis_is_refused_until_it_is_built(say: Say, settings: Settings) -> None:
-    [found] = say(redis_url="redis://cache")
-    assert found.id == "sluice.E001"
-    assert "unset REDIS_URL" in str(found.hint)
-    with pytest.raises(SystemCheckError, match=r"sluice\.E001"):
-        call_command("check", stderr=StringIO())
 
 
 def test_a_public_host_that_is_not_allowed_is_named_with_the_line_that_allows_it(say: Say) -> None:
@@ -123,3 +114,12 @@ def test_F20_timeout_order(say: Say) -> None:
         assert found.id == "sluice.E002"
         assert inner.upper() in found.msg
         assert outer.upper() in found.msg
+
+
+def test_F20_a_process_ends_before_its_supervisor_kills_it() -> None:
+    """140 s is what the documentation asks of supervisors; the ledger's thread is waited for 10 s."""
+    defaults = env.read({})
+    assert "140 s" in (REPOSITORY / "docs/configuration.md").read_text()
+    assert defaults.drain_seconds + SETTLE_SECONDS + 2 * CUT_SECONDS + 10 < 140
+    assert defaults.heartbeat_seconds < defaults.reader_seconds < defaults.drain_seconds
+    assert defaults.head_seconds < defaults.body_idle_seconds < defaults.body_slow_seconds

@@ -29,6 +29,8 @@ VARIABLES: dict[str, tuple[Any, str, Any, str | None]] = {
     "CORS_ALLOW_ORIGINS": (["*"], "https://a.example", ["https://a.example"], NOTHING_IS_BAD),
     "TRUSTED_PROXIES": ([], "10.0.0.0/8, ::1", [ip_network("10.0.0.0/8"), ip_network("::1/128")], "10.0.0.0/64"),
     "EMAIL_URL": ("consolemail://", "smtp://mail:25", "smtp://mail:25", NOTHING_IS_BAD),
+    "MAIL_FROM": (None, "gate@example.org", "gate@example.org", NOTHING_IS_BAD),
+    "METRICS_TOKEN": (None, "let-me-in", "let-me-in", NOTHING_IS_BAD),
     "PUBLIC_URL": ("http://127.0.0.1:8000", "https://sluice.example/", "https://sluice.example", "sluice.example"),
     "EGRESS_ALLOW": ([], "192.168.0.0/16", [ip_network("192.168.0.0/16")], "everywhere"),
     "DEBUG": (False, "yes", True, "perhaps"),
@@ -37,6 +39,7 @@ VARIABLES: dict[str, tuple[Any, str, Any, str | None]] = {
     "JOURNAL_FSYNC": (False, "1", True, "2"),
     "JOURNAL_MAX_BYTES": (1 << 30, "70000", 70000, "10"),
     "JOURNAL_SEGMENT_BYTES": (8 << 20, "5000", 5000, "many"),
+    "USAGE_RETENTION_DAYS": (None, "400", 400, "0"),
     "BODY_LIMIT_BYTES": (32 << 20, "2048", 2048, "1"),
     "POOL_WAIT_SECONDS": (2, "1.5", 1.5, "-1"),
     "CONNECT_SECONDS": (5, "4", 4.0, "0"),
@@ -52,7 +55,10 @@ VARIABLES: dict[str, tuple[Any, str, Any, str | None]] = {
     "KEEP_ALIVE_SECONDS": (75, "5", 5.0, "0"),
     "READER_SECONDS": (60, "30", 30.0, "0"),
     "STALL_SECONDS": (1, "2", 2.0, "0"),
-    "OPEN_REQUESTS": (1000, "5000", 5000, "0"),
+    "OPEN_REQUESTS": (2500, "5000", 5000, "0"),
+    "UPSTREAM_REQUESTS": (1250, "100", 100, "0"),
+    "EJECTION_SECONDS": (30, "5", 5.0, "0"),
+    "CUT_REVOKED_CALLS": (False, "1", True, "streams"),
 }
 
 

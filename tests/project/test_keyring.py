@@ -99,3 +99,20 @@ def test_a_race_that_is_lost_takes_the_winners_file(tmp_path: Path, monkeypatch:
 
     assert secret_file(path) == "w" * 40
     assert [entry.name for entry in tmp_path.iterdir()] == ["secret"]
+
+
+def test_a_file_that_has_changed_is_read_again_and_a_bad_one_is_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "keyring"
+    path.write_text("a" * 40)
+    keyring = Keyring("a" * 40, None, given=path)
+    [first] = keyring.keys("seal")
+    path.write_text("b" * 41 + "\n" + "a" * 40)
+    assert list(keyring.keys("seal"))[1:] == [first]
+    path.write_text("short")
+    assert len(keyring.keys("seal")) == 2
+    assert "stays in force" in caplog.text
+    path.unlink()
+    assert len(keyring.keys("seal")) == 2
+    path.write_text("seal:" + "b" * 41 + "\npepper:" + "a" * 40)
+    assert len(keyring.keys("seal")) == 1
+    assert list(keyring.keys("pepper")) == [first]

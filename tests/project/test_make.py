@@ -19,6 +19,7 @@ TOOLS = ("sh", "dirname", "tr", "cmp", "cp", "rm", "date", "mkdir", "cat", "chmo
 PRETENDER = """\
 #!/bin/sh
 case "$1 $2" in
+    "-c import sys; print("*) echo "{version}" ;;
     "-c "*) echo "{found}" ;;
     "-m venv")
         mkdir -p "$4/bin"
@@ -47,10 +48,11 @@ class Machine:
     def require(self, line: str) -> None:
         (self.checkout / "requirements/base.txt").write_text(line + "\n")
 
-    def has(self, name: str, found: str, folder: Path | None = None) -> Path:
-        """Put an interpreter there; `found` is its version and the modules it lacks."""
+    def has(self, name: str, found: str, folder: Path | None = None, *, took: int = 8000) -> Path:
+        """Put an interpreter there; `found` is its version and the modules it lacks, `took` the time of the probe's work."""
+        version, _, missing = found.partition(" ")
         interpreter = (folder or self.path) / name
-        interpreter.write_text(PRETENDER.format(found=found, log=self.log))
+        interpreter.write_text(PRETENDER.format(version=version, found=f"{version} {took} {missing}".rstrip(), log=self.log))
         interpreter.chmod(0o755)
         return interpreter
 
@@ -93,6 +95,23 @@ def test_the_newest_fitting_python_makes_the_environment(machine: Machine) -> No
     assert made == f"made by {chosen}"
     assert "--require-hashes" in installed
     assert installed.endswith("-r requirements/base.txt")
+
+
+def test_of_several_that_fit_a_clearly_faster_one_is_taken(machine: Machine, tmp_path: Path) -> None:
+    """A Python that somebody compiled without profiles takes twice the time of a distribution's, whose version may be older."""
+    compiled = tmp_path / "compiled"
+    compiled.mkdir()
+    slow = machine.has("python3.12", "3.12", compiled, took=9000)
+    machine.has("python3.12", "3.12", took=8000)
+    machine.has("python3.13", "3.13 sqlite3", took=2000)
+    path = f"{compiled}:{machine.path}"
+    assert machine.install(path=path).returncode == 0
+    assert machine.done()[0] == f"made by {slow}", "a tenth may be chance"
+
+    shutil.rmtree(machine.checkout / ".venv")
+    fast = machine.has("python3.11", "3.11", took=5000)
+    assert machine.install(path=path).returncode == 0
+    assert machine.done()[0] == f"made by {fast}"
 
 
 def test_a_second_install_does_nothing_until_the_requirements_change(machine: Machine) -> None:

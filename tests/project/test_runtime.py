@@ -5,12 +5,17 @@ import threading
 import time
 
 import pytest
+from django.core import mail
 from django.db import OperationalError, connection
 
+from accounts.models import User
 from accounts.principal import Limit, Principal
 from project.runtime import Runtime
+from providers.adapter import Target
+from providers.failures import CredentialRefused, OutOfCredit
+from providers.secrets import SecretText
 from proxy import ledger
-from proxy.catalog import Catalog
+from proxy.catalog import Catalog, Upstream
 from proxy.journal import Journal
 from proxy.ledger import Ledger
 from proxy.stores.limits import Hold
@@ -89,3 +94,26 @@ def test_what_settles_and_is_shipped_meanwhile_counts_once(runtime, monkeypatch)
     runtime._install(CATALOG)
     shipper.join(10)
     assert spent(runtime) == 400
+
+
+def test_a_pool_that_rests_in_memory_is_mailed_to_operators(runtime):
+    User.objects.create_superuser("op@example.org", "x")
+    upstream = Upstream(1, "openai", "one", "house", "https://up/v1", SecretText("s"))
+    runtime.current.catalog = Catalog(version=1, upstreams=(upstream,))
+    target = Target("openai", 1, "one", "https://up/v1", SecretText("s"), "m", "house/m")
+    runtime.gateway.health.failed(target, OutOfCredit("Nothing is left.", retry_after_seconds=3600), [1])
+    runtime._look()
+    assert [one.subject for one in mail.outbox] == []  # one model that nobody lists
+    runtime.gateway.health.failed(target, CredentialRefused("No."), [1])
+    runtime._look()
+    runtime._look()
+    assert [one.subject for one in mail.outbox] == ["[Sluice] All accounts of house rest"]
+
+
+def test_what_is_missing_is_named(runtime):
+    runtime.missing = "database"
+    assert runtime.missing_parts() == ["database"]
+    runtime.ready = True
+    assert runtime.missing_parts() == []
+    runtime._journal._max_bytes = 0
+    assert runtime.missing_parts() == ["journal"]

@@ -23,15 +23,16 @@ def ask(url: str, key: str, **body: object) -> httpx.Response:
     return httpx.post(f"{url}/v1/chat/completions", json=ECHO | body, headers={"authorization": f"Bearer {key}"}, timeout=10)
 
 
-def test_a_key_issued_beside_a_running_server_works_at_once_and_stops_within_five_seconds_when_revoked(sluice):
-    sluice.manage("add_credential", "demo", "--label", "serve", "--prefix", "serve", "--secret-stdin")
-    sluice.wait_for("serve")
-    key = sluice.issue_key(name="revoke me")
-    assert ask(sluice.url, key, model="serve/echo").status_code == 200
-    sluice.python(REVOKE)
-    began = time.monotonic()
-    eventually(lambda: ask(sluice.url, key, model="serve/echo").status_code == 401, "a revoked key still works", seconds=5)
-    assert time.monotonic() - began < 5
+def test_a_key_issued_beside_a_running_server_works_at_once_and_stops_within_five_seconds_when_revoked(tmp_path):
+    with running(tmp_path) as house:
+        house.manage("add_credential", "demo", "--label", "serve", "--prefix", "serve", "--secret-stdin")
+        house.wait_for("serve")
+        key = house.issue_key(name="revoke me")
+        assert ask(house.url, key, model="serve/echo").status_code == 200
+        house.python(REVOKE)
+        began = time.monotonic()
+        eventually(lambda: ask(house.url, key, model="serve/echo").status_code == 401, "a revoked key still works", seconds=5)
+        assert time.monotonic() - began < 5
 
 
 def test_a_second_server_on_the_same_folder_is_refused_in_words(sluice):
@@ -104,6 +105,7 @@ def test_programs_and_people_get_different_front_doors(sluice):
     [
         ["-m", "daphne", "-b", "127.0.0.1", "-p", "{port}", "project.asgi:application"],
         ["manage.py", "serve", "--server", "daphne", "--port", "{port}"],
+        ["manage.py", "runserver", "--noreload", "{port}"],
     ],
 )
 def test_daphne_serves_the_same_application(tmp_path, command):

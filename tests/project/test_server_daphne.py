@@ -25,7 +25,8 @@ FRAME = b'data: {"choices":[{"index":0,"delta":{"content":"' + b"x" * 30_000 + b
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, upstream_server: OpenAIUpstream) -> Iterator[tuple[Sluice, str]]:
     times = {"DRAIN_SECONDS": str(DRAIN_SECONDS), "READER_SECONDS": str(READER_SECONDS)}
-    house = Sluice(tmp_path_factory.mktemp("daphne") / "data", **times)
+    house = Sluice(tmp_path_factory.mktemp("daphne") / "data", CUT_REVOKED_CALLS="1", **times)
+    house.command = ["-m", "tests.hurried", "serve"]
     house.manage("migrate", "--no-input", "-v", "0")
     house.add_openai(upstream_server, prefix="sim")
     yield house, house.issue_key()
@@ -35,16 +36,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, upstream_server: OpenAIUp
 @pytest.fixture
 def house(prepared: tuple[Sluice, str], upstream: OpenAIUpstream) -> Iterator[Sluice]:
     house, _ = prepared
-    with house.log_path.open("ab") as log:
-        house._server = subprocess.Popen(
-            [sys.executable, "manage.py", "serve", "--server", "daphne", "--port", str(house.port)],
-            cwd=REPOSITORY,
-            env=house.env,
-            stdout=log,
-            stderr=log,
-        )
-    eventually(house.is_ready, "not ready", seconds=20)
-    yield house
+    yield house.start_again("--server", "daphne")
     house.kill9()
 
 
@@ -87,9 +79,9 @@ def test_a_drain_lets_short_streams_finish_and_tells_long_ones(house: Sluice, ke
         eventually(lambda number=number: len(upstream.posts) == number, "not begun")
     eventually(lambda: all(seen.frames_sent for seen in upstream.posts), "not begun")
     house._server.send_signal(signal.SIGTERM)
-    short, long = (peer.answer() for peer in peers)
+    short, long = (peer.answer(may_be_cut=True) for peer in peers)
 
-    assert short.body.endswith(DONE)
+    assert (short.body.endswith(DONE), short.is_whole, long.is_whole) == (True, True, False)
     last = json.loads(long.body.rstrip().rpartition(b"\n\n")[2].removeprefix(b"data: "))
     assert (last["error"]["code"], b"[DONE]" in long.body) == ("shutdown", False)
     server, house._server = house._server, None
@@ -144,6 +136,19 @@ def test_a_client_that_leaves_is_noticed(house: Sluice, key: str, upstream: Open
     eventually(lambda: upstream.posts[0].peer_left_at, "the upstream goes on", seconds=2)
     with Peer(house.port) as peer:
         assert peer.send(request("/readyz", method="GET")).answer().status == 200
+
+
+def test_a_stream_that_ends_with_its_key_is_told_and_has_an_end(house: Sluice, upstream: OpenAIUpstream) -> None:
+    upstream.script(Step(text="one two three", delay_frame_ms=5000))
+    key = house.issue_key(name="revoked")
+    with Peer(house.port) as peer:
+        peer.send(chat(key, "sim/gpt-4o", stream=True))
+        eventually(lambda: upstream.posts and upstream.posts[0].frames_sent, "not begun")
+        house.python("from accounts import actions, models; actions.revoke_key(models.ApiKey.objects.get(name='revoked'))")
+        answer = peer.answer()
+    assert (b'"key_revoked"' in answer.body, answer.is_whole) == (True, True)
+    eventually(lambda: upstream.posts[0].peer_left_at, "the upstream goes on", seconds=2)
+    eventually(lambda: rows_of(house, upstream) == [(401, "key_revoked")], "not settled")
 
 
 def test_a_second_server_on_the_same_folder_ends_with_a_status(house: Sluice) -> None:

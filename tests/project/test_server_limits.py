@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import select
 import socket
 import time
@@ -33,6 +34,7 @@ def strict(serve: Callable[..., Sluice], upstream_server: OpenAIUpstream) -> Slu
         KEEP_ALIVE_SECONDS="1.2",
         BODY_LIMIT_BYTES=str(LIMIT),
         OPEN_REQUESTS="4",
+        UPSTREAM_REQUESTS="4",
     )
     sluice.add_openai(upstream_server, prefix="sim")
     sluice.wait_for("sim")
@@ -50,12 +52,12 @@ def door() -> Iterator[Small]:
         yield server
 
 
-def is_an_error(answer: Answer, status: int, code: str) -> bool:
-    """In OpenAI's shape, with the id by which it may be asked about, and the connection is not kept."""
+def is_an_error(answer: Answer, status: int, code: str, *, kept: bool = False) -> bool:
+    """In OpenAI's shape, with the id by which it may be asked about, and the connection is not kept unless told so."""
     assert (answer.status, answer.error["code"]) == (status, code)
     assert answer.error.keys() == {"message", "type", "param", "code"}
     assert len(answer.headers["x-request-id"]) == 36
-    assert answer.headers["connection"] == "close"
+    assert answer.headers.get("connection") == (None if kept else "close")
     return True
 
 
@@ -263,6 +265,29 @@ def test_B01_what_exceeds_a_false_length_is_another_request_and_a_bad_one(strict
         assert is_an_error(peer.answer(), 400, "invalid_http")
 
 
+@pytest.mark.parametrize("name", ["a true length", "chunks"])
+@pytest.mark.parametrize("method", ["OPTIONS", "GET"])
+def test_B01_a_body_that_no_answer_needs_is_not_taken_without_end(strict: Sluice, key: str, method: str, name: str) -> None:
+    framing, piece = BODIES[name]
+    with Peer(strict.port, send_buffer=64 << 10) as peer:
+        peer.send(request("/v1/models", key="" if method == "OPTIONS" else key, method=method, more=framing))
+        sent = pour_on(peer, piece, 32 * MIB)
+        answer = peer.answer()
+        peer.rest()
+    assert answer.status == (204 if method == "OPTIONS" else 200)
+    assert answer.headers["connection"] == "close"
+    assert sent < 8 * MIB
+
+
+def pour_on(peer: Peer, piece: bytes, most: int) -> int:
+    """Send whatever is answered, until the other side closes or `most` bytes are gone; how many it took."""
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        while sent < most:
+            sent += peer.socket.send(piece)
+    return sent
+
+
 def test_B02_who_has_no_key_gets_no_body_read(strict: Sluice) -> None:
     before = memory_of(strict.pid)
     with Peer(strict.port, send_buffer=64 << 10) as peer:
@@ -282,17 +307,82 @@ def test_more_requests_than_may_be_open_get_a_quick_refusal(strict: Sluice, key:
     upstream.script(*[Step(text="one two", delay_first_ms=1500)] * 4)
     waiting = [Peer(strict.port).send(chat(key, "sim/gpt-4o")) for _ in range(4)]
     eventually(lambda: len(upstream.posts) == 4, "the four did not arrive")
-    with Peer(strict.port) as peer:
-        answer = peer.send(chat(key, "sim/gpt-4o")).answer()
-        assert is_an_error(answer, 503, "too_many_requests_open")
-        assert answer.headers["retry-after"] == "1"
+    before = counted(strict)
     with Peer(strict.port) as peer:
         assert peer.send(request("/readyz", method="GET")).answer().status == 200
+    refused = 0
+    with Peer(strict.port) as late:
+        while (answer := late.send(chat(key, "sim/gpt-4o")).answer()).status != 200:
+            assert is_an_error(answer, 503, "too_many_requests_open", kept=True)
+            assert answer.headers["retry-after"] == "1"
+            refused += 1
+            time.sleep(0.1)
     for peer in waiting:
         with peer:
             assert peer.answer().status == 200
-    with Peer(strict.port) as peer:
-        assert peer.send(chat(key, "sim/gpt-4o")).answer().status == 200
+    assert refused > 0
+    assert counted(strict) == before + refused
+
+
+def counted(sluice: Sluice) -> int:
+    page = httpx.get(f"{sluice.url}/metrics").text
+    found = re.search(r'^sluice_refused_total{status="503",code="too_many_requests_open"} (\d+)$', page, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+@pytest.fixture
+def full() -> Iterator[Small]:
+    """A server with room for one request, and one that stays."""
+    with small(echo, Limits(open_requests=1, reader_seconds=0.5)) as server, Peer(server.port) as staying:
+        staying.send(request("/silent"))
+        eventually(lambda: server.server.server_state.tasks, "it did not arrive")
+        yield server
+
+
+def test_a_body_behind_a_quick_refusal_is_no_request(full: Small) -> None:
+    refused = request(more="Content-Length: 60\r\n")
+    with Peer(full.port) as peer:
+        for _ in range(2):
+            assert is_an_error(peer.send(refused).answer(), 503, "too_many_requests_open", kept=True)
+            peer.send(b"GET /healthz HTTP/1.1\r\n").send(b"Host: 127.0.0.1\r\n\r\n".ljust(37))
+        assert peer.send(request("/healthz", method="GET")).answer().status == 200
+        assert peer.unread == b""
+
+
+def test_quick_refusals_of_one_read_do_not_count_for_the_head_that_comes_with_them(full: Small) -> None:
+    half = request()[:20]
+    with Peer(full.port) as peer:
+        peer.send(request(body=b"x" * 1000) * 50 + half)
+        for _ in range(50):
+            assert is_an_error(peer.answer(), 503, "too_many_requests_open", kept=True)
+        assert is_an_error(peer.send(request()[20:]).answer(), 503, "too_many_requests_open", kept=True)
+
+
+UNUSUAL = {
+    "a large body": request(more="Content-Length: 100000\r\n"),
+    "chunks": request(more="Transfer-Encoding: chunked\r\n"),
+    "an expectation": request(more="Content-Length: 5\r\nExpect: 100-continue\r\n"),
+    "an offer": request(more="Connection: upgrade\r\nUpgrade: h2c\r\n"),
+    "a goodbye": request(more="Connection: close\r\n"),
+    "HTTP/1.0": request(version="1.0"),
+    "a page": request("/keys/", method="GET"),
+    "a head alone": request("/keys/", method="HEAD"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_where_the_next_request_might_not_be_found_a_refusal_closes(full: Small, name: str) -> None:
+    with Peer(full.port) as peer:
+        assert is_an_error(peer.send(UNUSUAL[name]).answer(), 503, "too_many_requests_open")
+        assert peer.rest() == b""
+
+
+def test_who_takes_no_refusals_gets_no_more_of_them(full: Small) -> None:
+    asks = request() * 100
+    with Peer(full.port, receive_buffer=4 << 10) as peer, pytest.raises(ConnectionError):
+        for _ in range(64 * MIB // len(asks)):
+            peer.send(asks)
+    assert full.refused[503, "too_many_requests_open"] < 1000  # of the million that it asked for
 
 
 def test_more_connections_than_there_is_room_for_are_refused_and_closed() -> None:

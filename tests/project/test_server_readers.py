@@ -69,7 +69,7 @@ def fountain() -> Iterator[Fountain]:
 
 @pytest.fixture(scope="module")
 def impatient(serve: Callable[..., Sluice], fountain: Fountain) -> Sluice:
-    sluice = serve(READER_SECONDS=str(READER_SECONDS), OPEN_REQUESTS="300")
+    sluice = serve(READER_SECONDS=str(READER_SECONDS), OPEN_REQUESTS="300", UPSTREAM_REQUESTS="300")
     sluice.add_openai(fountain, prefix="fountain")
     sluice.wait_for("fountain")
     return sluice

@@ -36,8 +36,9 @@ def call(
     credential_id: int = 1,
     ca_pem: str = "",
     proxy_url: str = "",
+    http2: bool = False,
 ) -> Outgoing:
-    place, prefix = place_of(url, credential_id, ca_pem, proxy_url)
+    place, prefix = place_of(url, credential_id, ca_pem, proxy_url, http2=http2)
     return Outgoing(method, place, prefix + path, headers or {}, body)
 
 

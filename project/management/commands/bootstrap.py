@@ -21,7 +21,6 @@ from providers.actions import add_credential, check_canary
 from providers.models import Credential
 
 SET_UP = "deployment.set_up"
-DEFAULT_EMAIL = "admin@example.com"
 # Without the signs that are easily taken for one another; 20 of them are 115 bits.
 PASSWORD_SIGNS = "abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789"
 PASSWORD_LENGTH = 20
@@ -31,7 +30,7 @@ class Command(BaseCommand):
     help = "First set-up; may be run again. Prints the operator's password and a first key, once."
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument("--email", help=f"The operator's e-mail. Default: the operator there is, or {DEFAULT_EMAIL}.")
+        parser.add_argument("--email", help=f"The operator's e-mail. Default: the operator there is, or {actions.DEFAULT_EMAIL}.")
         parser.add_argument("--reset-password", action="store_true", help="Give the operator a new password, and print it.")
 
     def handle(self, *args: Any, email: str | None, reset_password: bool, **options: Any) -> None:
@@ -53,7 +52,7 @@ class Command(BaseCommand):
         """The operator, and a password when a new one was set."""
         if email is None:
             known = User.objects.filter(is_superuser=True, is_active=True).order_by("pk").first()
-            operator = known or actions.ensure_user(DEFAULT_EMAIL)
+            operator = known or actions.ensure_user(actions.DEFAULT_EMAIL)
         else:
             operator = actions.ensure_user(email)
         if not (operator.is_superuser and operator.is_staff and operator.is_active):
