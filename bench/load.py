@@ -42,6 +42,7 @@ class Order:
     seconds: float = 2.0
     warm_seconds: float = 0.5  # before anything counts; with `open_streams` after all have had their first event
     watched: list[int] = field(default_factory=list)  # processes whose CPU time is wanted
+    families: list[int] = field(default_factory=list)  # the same, with all that they started
     cores: list[int] = field(default_factory=list)  # cores whose busy time is wanted
 
 
@@ -85,8 +86,9 @@ class Window:
         self.open, self.ended = False, True
         result = self.result
         result.seconds, result.own_cpu = ended[0] - began[0], ended[1] - began[1]
-        for pid in self.order.watched:
+        for pid in [*self.order.watched, *self.order.families]:
             result.cpu[str(pid)] = ended[2][pid] - began[2][pid]
+        for pid in self.order.watched:
             result.main_thread[str(pid)] = ended[3][pid] - began[3][pid]
         for core in self.order.cores:
             result.busy[str(core)] = ended[4][core] - began[4][core]
@@ -96,7 +98,7 @@ class Window:
         return (
             time.monotonic(),
             time.process_time(),
-            {pid: machine.cpu_seconds(pid) for pid in watched},
+            {pid: machine.cpu_seconds(pid) for pid in watched} | {pid: machine.family_seconds(pid) for pid in self.order.families},
             {pid: machine.main_thread_seconds(pid) for pid in watched},
             {core: machine.busy_seconds(core) for core in cores},
         )
@@ -250,6 +252,8 @@ async def at_rate(window: Window) -> None:
             window.begin()
         await asyncio.sleep(start + beats / order.rate - loop.time())
         beats += 1
+        while free and free[-1].transport.is_closing():
+            everyone.remove(free.pop())  # it had nothing to say for too long
         if not free:
             everyone.append(await connect(window, beats, Lent, free))
             free.append(everyone[-1])

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import load, machine
+from bench.counting import counting
 from bench.load import Order, Result
 from bench.subjects import BUDGET, LIMITS, ORIGINS, Gateway, Mock, Subject, get, mock_upstream, nginx, request
 
@@ -25,7 +26,7 @@ CONNECTIONS = 32
 PACED_CONNECTIONS = 4
 RATE = 50.0
 SETTLE_SECONDS = 2.0  # when all streams are open, before memory and delays are looked at
-PARTS = ("costs", "latency", "open", "steps", "journal")
+PARTS = ("costs", "latency", "open", "steps", "journal", "metrics")
 TMPFS = Path("/dev/shm")
 
 
@@ -108,6 +109,8 @@ class Bench:
                     self.results["steps"] = self.steps(gateway, mock)
             if "journal" in self.parts and self.effort.more:
                 self.results["journal"] = self.journals(folder, mock)
+            if "metrics" in self.parts:
+                self.results["metrics"] = counting()
 
     def at_rest(self, subject: Subject) -> float:
         """What the threads beside the requests take while there are none."""

@@ -1,7 +1,7 @@
 """The figures of a run as a table: in the terminal, or as Markdown into docs/performance.md.
 
 python -m bench.report                        the last run's table
-python -m bench.report docs/performance.md    put it between the page's two marks
+python -m bench.report docs/performance.md    put it, and that of the last run with services, between the page's marks
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,10 @@ from typing import Any
 from bench.subjects import REPOSITORY, find_nginx
 
 LATEST = REPOSITORY / "bench" / "results" / "latest.json"
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+TRANSLATION = LATEST.with_name("translation.json")
+SERVICES = LATEST.with_name("services.json")
+BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"
+PLACES = {"figures": LATEST, "services": SERVICES}  # in the page, and whose figures stand there
 
 Run = dict[str, Any]
 Table = tuple[str, list[str], list[list[str]]]  # a title, the columns, the rows
@@ -81,7 +85,12 @@ def tables(run: Run) -> list[Table]:
     for name, title in (("steps", "The price of the steps (one JSON answer)"), ("journal", "Where the journal lies (one JSON answer)")):
         if name in results:
             found.append(_steps(results[name], title))
-    found.append(_check(results))
+    if "metrics" in results:
+        rows = [["counted for /metrics", f"{results['metrics']['count_us']:.2f}"]]
+        found.append(("What it costs to count a call", ["in a process of its own", "CPU µs"], rows))
+    if "parts" in results:
+        found.append(_steps(results["parts"], "One service more each time (one JSON answer)"))
+    found += [_translation(results), _check(results), _services(results), _services_check(results)]
     return [table for table in found if table[2]]
 
 
@@ -89,7 +98,7 @@ def _costs(results: Run) -> Table:
     rows = []
     for name in ("whole", "whole_tls", "burst", "paced"):
         found = results.get(name)
-        if found is None:
+        if found is None or "gateway" not in found:
             continue
         gateway, nginx = found["gateway"], found.get("nginx")
         rows.append(
@@ -130,6 +139,24 @@ def _latencies(results: Run) -> Table:
     return "What is added to the time of an answer", columns, rows
 
 
+def _translation(results: Run) -> Table:
+    rows = [
+        [
+            kind,
+            f"{one['cpu_us']:.1f}",
+            "yes" if one["cpu_us"] <= one["most_us"] else "no",
+            f"{one['spread']:.0%}",
+            f"{one['bytes_per_event']:.0f}",
+        ]
+        for kind, one in results.get("translation", {}).items()
+    ]
+    return (
+        "What translating one event of a stream costs",
+        ["kind", "CPU µs per event", "at most 15", "spread", "bytes sent per event"],
+        rows,
+    )
+
+
 def _opened(results: Run) -> Table:
     rows = []
     for name, found in results.items():
@@ -152,6 +179,82 @@ def _opened(results: Run) -> Table:
     return "Streams that stay open", columns, rows
 
 
+def _services(results: Run) -> Table:
+    rows = []
+    for name in ("whole", "burst"):
+        found = results.get(name, {})
+        if "services" in found:
+            own, more = found["embedded"], found["services"]
+            rows.append(
+                [
+                    found["title"],
+                    f"{own['cpu_us']:.1f}",
+                    f"{more['cpu_us']:.1f}",
+                    f"{_ratio_of_rounds(found):.2f}",
+                    f"{own['cpu_us'] - own['main_thread_us']:.1f} / {more['cpu_us'] - more['main_thread_us']:.1f}",
+                    f"{own['per_second']:,.0f}",
+                    f"{more['per_second']:,.0f}",
+                    f"{more['redis_us']:.1f}",
+                    f"{more['postgres_us']:.1f}",
+                    f"{max(own['spread'], more['spread']):.0%}",
+                ]
+            )
+    columns = [
+        "CPU per answer, µs",
+        "embedded",
+        "services",
+        "ratio (at most 1.5)",
+        "of it threads",
+        "embedded /s",
+        "services /s (at least 5,000)",
+        "Redis' own",
+        "Postgres' own",
+        "spread",
+    ]
+    return "With Postgres and Redis", columns, rows
+
+
+def _ratio_of_rounds(found: Run) -> float:
+    """The median of the rounds' own ratios: the two of a round come right after each other, and what disturbs one disturbs both."""
+    runs = found["runs"]
+    return statistics.median(
+        more["cpu_us"] / own["cpu_us"] for own, more in zip(runs["embedded"], runs["services"], strict=True) if own["cpu_us"]
+    )
+
+
+def _services_check(results: Run) -> Table:
+    rows = []
+    for name in ("whole", "burst"):
+        found = results.get(name, {})
+        for who in ("embedded", "services"):
+            if who in found:
+                one, direct = found[who], found["direct"]
+                beside = one["redis_core"] + one["postgres_core"]
+                rows.append(
+                    [
+                        f"{found['title']}, {who}",
+                        f"{one['subject_core']:.0%}",
+                        f"{one['load_core']:.0%}",
+                        f"{one['redis_core']:.0%}",
+                        f"{one['postgres_core']:.0%}",
+                        f"{one['load_core'] + beside:.0%}",
+                        f"{direct['per_second'] / one['per_second']:.1f}",
+                        f"{one['others_subject_core']:.0%} / {one['others_load_core']:.0%}",
+                    ]
+                )
+    columns = [
+        "Is the other core the bottleneck?",
+        "gateway's core",
+        "load and upstream",
+        "Redis",
+        "Postgres",
+        "all of the other core",
+        "direct /s to gateway /s",
+        "others on the two cores",
+    ]
+    return "The check", columns, rows
+
+
 def _steps(steps: Run, title: str) -> Table:
     rows = []
     before = None
@@ -167,8 +270,8 @@ def _steps(steps: Run, title: str) -> Table:
 def _check(results: Run) -> Table:
     rows = []
     for name in ("whole", "burst"):
-        found = results.get(name)
-        if found is not None:
+        found = results.get(name, {})
+        if "gateway" in found:
             direct, gateway = found["direct"], found["gateway"]
             rows.append(
                 [
@@ -221,26 +324,29 @@ def _at_rest(run: Run) -> list[str]:
 def _of(about: Run) -> str:
     mode = "a quick run" if about["quick"] else "a full run"
     nginx = f"nginx {about['nginx']}, " if about["nginx"] else ""
-    return f"Commit {about['commit']}, {mode}; {nginx}Python {about['python']}, {about['processor']}, data on {about['file_system']}."
+    where = f", data on {about['file_system']}" if about["file_system"] else ""
+    return f"Commit {about['commit']}, {mode}; {nginx}Python {about['python']}, {about['processor']}{where}."
 
 
-def put_into(page: Path, run: Run) -> None:
-    """Replace what stands between the two marks of the page."""
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+def put_into(page: Path, run: Run, place: str = "figures") -> None:
+    """Replace what stands between two marks of the page."""
+    first, last = BEGIN.format(place), END.format(place)
+    before, begin, rest = page.read_text().partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise SystemExit(f"{page} has no place for the figures: {BEGIN} ... {END}")
-    page.write_text(f"{before}{BEGIN}\n{markdown(run)}\n{END}{after}")
+        raise SystemExit(f"{page} has no place for the figures: {first} ... {last}")
+    page.write_text(f"{before}{first}\n{markdown(run)}\n{last}{after}")
 
 
 def main() -> None:
-    if not LATEST.exists():
+    found = {place: load(path) for place, path in PLACES.items() if path.exists()}
+    if not found:
         raise SystemExit("There are no figures yet: run `make bench` first.")
-    run = load(LATEST)
-    if sys.argv[1:]:
-        put_into(Path(sys.argv[1]), run)
-    else:
-        print(text(run))
+    for place, run in found.items():
+        if sys.argv[1:]:
+            put_into(Path(sys.argv[1]), run, place)
+        else:
+            print(text(run), end="\n\n")
 
 
 if __name__ == "__main__":

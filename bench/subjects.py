@@ -154,7 +154,7 @@ class Gateway:
         self.journal = journal
         self.core = core
         self.mock = mock
-        self.sluice = Sluice(folder / name, OPEN_REQUESTS=str(OPEN_REQUESTS), **settings)
+        self.sluice = Sluice(folder / name, **{"OPEN_REQUESTS": str(OPEN_REQUESTS), "UPSTREAM_REQUESTS": str(OPEN_REQUESTS), **settings})
         self.key = ""
 
     def __enter__(self) -> Gateway:

@@ -1,8 +1,8 @@
 """The mock upstream: a canned answer for each request, as cheap as Python can give it.
 
 The last part of the model's name in the body says which: `whole` (one JSON object), `burst` (a stream of 64 events in one
-piece), `paced` (64 events, 5 ms apart), `idle` (one event per second until the reader leaves). Events of the last two
-hold the moment at which they were sent, so that a reader knows how long they were under way.
+piece), `paced` (64 events, 5 ms apart), `idle` and `steady` (one event per second, or twenty, until the reader leaves). Events of the
+last three hold the moment at which they were sent, so that a reader knows how long they were under way.
 
 `python -m bench.upstream ORIGINS [CERTIFICATE KEY]` listens on free ports and says them as one line of JSON:
 `{"plain": [...], "tls": ...}`.
@@ -23,7 +23,7 @@ from bench.machine import raise_file_limit
 
 EVENTS = 64
 PACE_SECONDS = 0.005
-IDLE_SECONDS = 1.0
+IDLE_SECONDS, STEADY_SECONDS = 1.0, 0.05
 SENT = b"sent="  # before the 20 digits of the monotonic clock, in nanoseconds
 SENT_DIGITS = 20
 
@@ -55,7 +55,7 @@ _ANSWER = (
 )  # fmt: skip
 _MODELS = (
     b'{"object":"list","data":['
-    + b",".join(b'{"id":"%b","object":"model"}' % name for name in (b"whole", b"burst", b"paced", b"idle"))
+    + b",".join(b'{"id":"%b","object":"model"}' % name for name in (b"whole", b"burst", b"paced", b"idle", b"steady"))
     + b"]}"
 )
 
@@ -111,7 +111,7 @@ class Upstream(asyncio.Protocol):
             self.next_paced()
         else:
             self.transport.write(STREAM_HEAD)
-            self.next_idle()
+            self.next_of_many(STEADY_SECONDS if data.find(b'steady"', head_end) >= 0 else IDLE_SECONDS)
 
     def next_paced(self) -> None:
         self.sent += 1
@@ -121,9 +121,9 @@ class Upstream(asyncio.Protocol):
         else:
             self.transport.write(LAST)
 
-    def next_idle(self) -> None:
+    def next_of_many(self, seconds: float) -> None:
         self.transport.write(stamped_event())
-        self.timer = self.loop.call_later(IDLE_SECONDS, self.next_idle)
+        self.timer = self.loop.call_later(seconds, self.next_of_many, seconds)
 
 
 def content_length(data: bytes, head_end: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable
 
 import httpx
@@ -18,9 +19,10 @@ SLOW = Step(text=TEXT, delay_first_ms=3, delay_frame_ms=4)
 class Load:
     """Calls in a thread of its own until it is stopped. `answered`: the request ids that clients saw whole answers of."""
 
-    def __init__(self, url: str, key: str, model: str, *, clients: int = 8) -> None:
-        self.url, self.key, self.model, self.clients = url, key, model, clients
+    def __init__(self, url: str, key: str, model: str, *, clients: int = 8, **body: object) -> None:
+        self.url, self.key, self.model, self.clients, self.body = url, key, model, clients, body
         self.answered: set[str] = set()
+        self.statuses: Counter[int] = Counter()
         self.begun = 0
         self._ending = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._all()), daemon=True)
@@ -43,11 +45,14 @@ class Load:
         async with httpx.AsyncClient(base_url=self.url, headers=headers, timeout=20) as client:
             while not self._ending.is_set():
                 stream = chance.random() < 0.6
-                body = {"model": self.model, "stream": stream, "messages": [{"role": "user", "content": "count for me"}]}
+                body = {"model": self.model, "stream": stream, "messages": [{"role": "user", "content": "count for me"}], **self.body}
                 self.begun += 1
                 try:
                     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
                         whole = await response.aread()
+                    self.statuses[response.status_code] += 1
+                    if response.status_code in (429, 503):
+                        await asyncio.sleep(0.05)
                     if response.status_code == 200 and (not stream or whole.endswith(b"data: [DONE]\n\n")):
                         self.answered.add(response.headers["x-request-id"])
                 except httpx.TransportError:
