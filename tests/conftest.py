@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import secrets
@@ -11,20 +12,25 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import httpx
 import pytest
 from asgiref.sync import async_to_sync
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
+from tests import migrated
+from tests.migrated import POSTGRES_URL
 from tests.serving import Sluice, running
 from tests.upstreams.openai import OpenAIUpstream
+
+# To read the system's authorities costs a client of httpx's thirty milliseconds; the clients of all tests share one reading.
+httpx._transports.default.create_ssl_context = functools.cache(httpx.create_ssl_context)
 
 # Nothing is asserted about speed: a busy machine is no reason for a property to fail.
 hypothesis_settings.register_profile("sluice", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 hypothesis_settings.load_profile("sluice")
 
 POSTGRES_ADDRESS = ("127.0.0.1", 5432)
-POSTGRES_URL = "postgres://postgres@127.0.0.1:5432"
 
 # Prices of the shared upstream's models, in US dollars per million tokens: input, output, cached input.
 SIM_PRICE = {"input": 3, "output": 15, "cached": 0.3}
@@ -33,6 +39,12 @@ SIM_PRICE = {"input": 3, "output": 15, "cached": 0.3}
 def pytest_configure(config: pytest.Config) -> None:
     for name, needs in {"redis": "Redis", "nginx": "nginx"}.items():
         config.addinivalue_line("markers", f"{name}: needs {needs}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests come first: the last to be begun decides when several processes are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -99,8 +111,8 @@ def serve() -> Iterator[Callable[..., Sluice]]:
     """Start a further Sluice with settings of its own: `serve(HEARTBEAT_SECONDS="0.1")`. Stopped when all is done."""
     with ExitStack() as stack:
 
-        def start(**settings: str) -> Sluice:
-            sluice = stack.enter_context(running(**settings))
+        def start(*, hurried: bool = False, **settings: str) -> Sluice:
+            sluice = stack.enter_context(running(hurried=hurried, **settings))
             _RUNNING.append(sluice)
             return sluice
 
@@ -109,8 +121,8 @@ def serve() -> Iterator[Callable[..., Sluice]]:
 
 @pytest.fixture(scope="session")
 def sluice(serve: Callable[..., Sluice]) -> Sluice:
-    """The Sluice that tests share, on SQLite. Each test makes keys and prefixes of its own."""
-    return serve()
+    """The Sluice that tests share, on SQLite, in a hurry. Each test makes keys and prefixes of its own."""
+    return serve(hurried=True)
 
 
 @pytest.fixture(scope="session", params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
@@ -120,25 +132,27 @@ def sluice_on(request: pytest.FixtureRequest, serve: Callable[..., Sluice]) -> I
         yield request.getfixturevalue("sluice")
         return
     with postgres_database() as url:
-        yield serve(DATABASE_URL=url, SECRET_KEY=secrets.token_hex(32), KEYRING=secrets.token_hex(32))
+        yield serve(hurried=True, DATABASE_URL=url, SECRET_KEY=secrets.token_hex(32), KEYRING=secrets.token_hex(32))
 
 
 @pytest.fixture
 def postgres_url() -> Iterator[str]:
-    """The address of an empty PostgreSQL database that is made for this test and dropped after it."""
+    """The address of a migrated PostgreSQL database that is made for this test and dropped after it."""
     with postgres_database() as url:
         yield url
 
 
 @contextmanager
-def postgres_database() -> Iterator[str]:
+def postgres_database(*, empty: bool = False) -> Iterator[str]:
+    """A database of its own, migrated or empty, dropped on the way out."""
     import psycopg
 
     if not SERVICES["postgres"]():
         pytest.skip("PostgreSQL does not answer on 127.0.0.1:5432")
     name = f"sluice_test_{os.getpid()}_{secrets.token_hex(3)}"
     with psycopg.connect(f"{POSTGRES_URL}/postgres", autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}"')  # type: ignore[arg-type]
+        template = "template1" if empty else migrated.postgres_template()
+        connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')  # type: ignore[arg-type]
         yield f"{POSTGRES_URL}/{name}"
         connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')  # type: ignore[arg-type]
 

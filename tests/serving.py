@@ -1,7 +1,8 @@
 """A whole Sluice for tests: a real `manage.py serve` over a folder and a port of its own, and its commands.
 
 Commands run in one helper process that stays (`python -m tests.serving`), because starting Django costs a second.
-It runs them through `call_command`, with the server's environment and against the same database.
+It runs them through `call_command`, with the server's environment and against the same database. For the same reason a
+server on SQLite is forked from its helper when it starts for the first time; `start_again` starts it from nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import atexit
 import contextlib
 import json
 import os
+import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +27,8 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
+
+from tests import migrated
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 START_SECONDS = 60
@@ -54,34 +59,51 @@ class Sluice:
             "PUBLIC_URL": self.url,
             **settings,
         }
+        self.command = ["manage.py", "serve"]  # what Python runs to serve
         self.log_path = data_dir.parent / f"{data_dir.name}.log"
-        self._server: subprocess.Popen[bytes] | None = None
+        self.workers = 1
+        self._server: subprocess.Popen[bytes] | Forked | None = None
         self._commands = Commands(self.env)
         self._probe_key = ""
+        self._prefixes: dict[str, str] = {}  # of credentials -> the test file that took it
 
     # The server
 
-    def start(self) -> Sluice:
-        """Migrate and serve; returns when `/readyz` is 200. Raises NotStarted."""
+    def start(self, *, forked: bool = True) -> Sluice:
+        """Serve on a migrated database; returns when `/readyz` is 200. Raises NotStarted. Not `forked` where memory is measured: it
+        would share some with its helper."""
         self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.manage("migrate", "--no-input", "-v", "0")
-        return self.start_again()
+        if "DATABASE_URL" not in self.env and not any(self.data_dir.iterdir()):
+            migrated.copy_sqlite(self.data_dir)
+        else:
+            self.manage("migrate", "--no-input", "-v", "0")
+        if not forked or "DATABASE_URL" in self.env or "REDIS_URL" in self.env:
+            return self.start_again()  # threads keep connections there, and no thread survives a fork
+        self._server = self._commands.fork(self._words(), self.log_path)
+        return self._started(self._server)
 
-    def start_again(self) -> Sluice:
-        """Serve on the same folder and port as before."""
+    def start_again(self, *options: str) -> Sluice:
+        """Serve on the same folder and port as before. Options are those of `serve`."""
         assert self._server is None, "it runs already"
         with self.log_path.open("ab") as log:
             self._server = subprocess.Popen(
-                [sys.executable, "manage.py", "serve", "--host", "127.0.0.1", "--port", str(self.port)],
+                [sys.executable, *self._words(), *options],
                 cwd=REPOSITORY,
                 env=self.env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+        return self._started(self._server)
+
+    def _words(self) -> list[str]:
+        workers = ["--workers", str(self.workers)] if self.workers > 1 else []
+        return [*self.command, "--host", "127.0.0.1", "--port", str(self.port), *workers]
+
+    def _started(self, server: subprocess.Popen[bytes] | Forked) -> Sluice:
         deadline = time.monotonic() + START_SECONDS
         while not self.is_ready():
-            if self._server.poll() is not None or time.monotonic() > deadline:
+            if server.poll() is not None or time.monotonic() > deadline:
                 self.kill9()
                 raise NotStarted(f"The server did not become ready. Its log:\n{self.log()}")
             time.sleep(0.05)
@@ -101,17 +123,17 @@ class Sluice:
 
     def stop(self, timeout_seconds: float = 30) -> int:
         """SIGTERM, and wait. The exit status."""
-        return self._end(subprocess.Popen.terminate, timeout_seconds)
+        return self._end(signal.SIGTERM, timeout_seconds)
 
     def kill9(self) -> None:
         if self._server is not None:
-            self._end(subprocess.Popen.kill, 10)
+            self._end(signal.SIGKILL, 10)
 
-    def _end(self, how: Callable[[subprocess.Popen[bytes]], None], timeout_seconds: float) -> int:
+    def _end(self, sign: int, timeout_seconds: float) -> int:
         server, self._server = self._server, None
         if server is None:
             return 0
-        how(server)
+        server.send_signal(sign)
         try:
             return server.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
@@ -139,7 +161,15 @@ class Sluice:
 
     def manage(self, *args: str, stdin: str | None = None) -> str:
         """Run a management command in the server's environment; what it printed. Raises CommandFailed."""
+        if "--prefix" in args:
+            self._take(str(args[args.index("--prefix") + 1]))
         return self._commands.run([str(arg) for arg in args], stdin)
+
+    def _take(self, prefix: str) -> None:
+        """A prefix belongs to one file of tests: a second one on the same server would find the first one's accounts in its pool."""
+        file = os.environ.get("PYTEST_CURRENT_TEST", "").split("::")[0]
+        owner = self._prefixes.setdefault(prefix, file)
+        assert owner == file, f"{owner} has accounts of the prefix {prefix}; another file needs another name"
 
     def python(self, code: str) -> str:
         """Run a piece of Python with Django set up, on the server's database; what it printed."""
@@ -154,7 +184,11 @@ class Sluice:
         """A credential for a simulator (anything with `.base_url`). Settings of the command go by their own names
         (`weight`, `priority`, `organization`), all others as `--set name=value`. The server sees it within 2 s:
         see `wait_for`."""
-        options: dict[str, object] = {"label": label or f"sim-{uuid.uuid4().hex[:8]}", "base_url": upstream.base_url}
+        return self.add_credential("openai", upstream.base_url, label=label, prefix=prefix, secret=secret, **settings)
+
+    def add_credential(self, kind: str, base_url: str, *, secret: str, label: str = "", prefix: str = "", **settings: object) -> int:
+        """A credential of any kind; the rest as for `add_openai`."""
+        options: dict[str, object] = {"label": label or f"sim-{uuid.uuid4().hex[:8]}", "base_url": base_url, "accept_policy": True}
         if prefix:
             options["prefix"] = prefix
         for name in ("weight", "priority", "organization"):
@@ -163,7 +197,7 @@ class Sluice:
         arguments = _as_arguments(options)
         for name, value in settings.items():
             arguments += ["--set", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
-        return int(self.manage("add_credential", "openai", *arguments, "--secret-stdin", stdin=secret).split()[-1])
+        return int(self.manage("add_credential", kind, *arguments, "--secret-stdin", stdin=secret).split()[-1])
 
     def set_price(self, pattern: str, *, input: float, output: float, **options: object) -> None:  # noqa: A002
         """US dollars per million tokens."""
@@ -172,7 +206,7 @@ class Sluice:
     def usage(self, since: datetime | None = None) -> list[dict[str, Any]]:
         """The usage rows, oldest first."""
         arguments = ["--since", since.isoformat()] if since is not None else []
-        return [json.loads(line) for line in self.manage("usage", "--format", "jsonl", *arguments).splitlines() if line.strip()]
+        return [json.loads(line) for line in self.manage("usage", "--format", "jsonl", *arguments).split("\n") if line.strip()]
 
     def row(self, request_id: str) -> dict[str, Any]:
         """The one usage row of this request, as soon as it is there: a row follows its answer by a moment."""
@@ -187,7 +221,7 @@ class Sluice:
         if not self._probe_key:
             self._probe_key = self.issue_key(name="probe", email="probe@example.org", rpm=0)
         for prefix in prefixes:
-            eventually(lambda prefix=prefix: self._knows(prefix), f"the server does not know the prefix {prefix}", seconds=10)
+            eventually(lambda prefix=prefix: self._knows(prefix), f"the server does not know the prefix {prefix}", seconds=30)
 
     def _knows(self, prefix: str) -> bool:
         request = urllib.request.Request(
@@ -205,6 +239,39 @@ class Sluice:
         raise AssertionError("the probe was let through")
 
 
+class Forked:
+    """A server that its helper has forked: the part of Popen that is needed here. The helper writes down how it ended."""
+
+    def __init__(self, pid: int, ended: Path) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._ended = ended
+
+    def poll(self) -> int | None:
+        if self.returncode is None and self._ended.exists():
+            self.returncode = int(self._ended.read_text())
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("the forked server", timeout)
+            time.sleep(0.005)
+        return status
+
+    def send_signal(self, sign: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, sign)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
 class Commands:
     """The helper process that runs management commands, one at a time."""
 
@@ -214,19 +281,28 @@ class Commands:
         self._lock = threading.Lock()
 
     def run(self, args: list[str], stdin: str | None) -> str:
+        answer = self._asked({"args": args, "stdin": stdin or ""})
+        if answer["failed"]:
+            raise CommandFailed(f"manage.py {args[0]}: {answer['failed']}\n{answer['out']}")
+        return str(answer["out"])
+
+    def fork(self, words: list[str], log: Path) -> Forked:
+        """A server that begins where the helper is now: with Django set up. `words` are what Python would be given to run it."""
+        ended = log.with_suffix(f".ended-{uuid.uuid4().hex[:8]}")
+        return Forked(self._asked({"fork": words, "log": str(log), "ended": str(ended)})["pid"], ended)
+
+    def _asked(self, order: dict[str, Any]) -> dict[str, Any]:
         with self._lock:
             process = self._started()
             assert process.stdin is not None
             assert process.stdout is not None
-            process.stdin.write(json.dumps({"args": args, "stdin": stdin or ""}) + "\n")
+            process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         if not line:
-            raise CommandFailed(f"manage.py {args[0]}: the helper process ended with {process.wait(10)}")
-        answer = json.loads(line)
-        if answer["failed"]:
-            raise CommandFailed(f"manage.py {args[0]}: {answer['failed']}\n{answer['out']}")
-        return str(answer["out"])
+            raise CommandFailed(f"The helper process ended with {process.wait(10)}.")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
@@ -244,16 +320,19 @@ class Commands:
         if self._process is not None:
             assert self._process.stdin is not None
             self._process.stdin.close()
-            self._process.wait(10)
+            self._process.wait(60)
 
 
 @contextlib.contextmanager
-def running(folder: Path | None = None, **settings: str) -> Iterator[Sluice]:
-    """A Sluice that is started, and stopped on the way out. Settings are environment variables."""
+def running(folder: Path | None = None, *, workers: int = 1, hurried: bool = False, **settings: str) -> Iterator[Sluice]:
+    """A Sluice that is started, and stopped on the way out. `hurried`: see tests/hurried.py. Settings are environment variables."""
     made = folder or Path(tempfile.mkdtemp(prefix="sluice-serve-"))
     if folder is None:
         atexit.register(shutil.rmtree, made, ignore_errors=True)
     sluice = Sluice(made / "data", **settings)
+    sluice.workers = workers
+    if hurried:
+        sluice.command = ["-m", "tests.hurried", "serve"]
     try:
         yield sluice.start()
     finally:
@@ -303,9 +382,21 @@ def _serve_commands() -> None:
 
     answers, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
     orders = sys.stdin
+    servers: dict[int, Path] = {}
+    signal.signal(signal.SIGCHLD, lambda *_: _write_down_ends(servers))
     django.setup()
     for line in orders:
         order = json.loads(line)
+        if "fork" in order:
+            with _signal_waits(signal.SIGCHLD):  # the server may end before we know its number
+                pid = os.fork()
+                if pid:
+                    servers[pid] = Path(order["ended"])
+            if not pid:
+                return _become_server(order["fork"], order["log"])
+            answers.write(json.dumps({"pid": pid}) + "\n")
+            answers.flush()
+            continue
         out, failed = io.StringIO(), ""
         sys.stdin = io.TextIOWrapper(io.BytesIO(order["stdin"].encode()))
         try:
@@ -321,6 +412,41 @@ def _serve_commands() -> None:
             connections.close_all()  # an idle reader would keep SQLite's log from being emptied
         answers.write(json.dumps({"out": out.getvalue(), "failed": failed}) + "\n")
         answers.flush()
+
+
+def _become_server(words: list[str], log: str) -> None:
+    """In the forked process: as if Python had been started with these words, with its output in `log`."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    nothing, written = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for file, there in ((0, nothing), (1, written), (2, written)):
+        os.dup2(there, file)
+    os.closerange(3, 256)  # our ends of the helper's pipes among them
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(str(REPOSITORY / words[0]), run_name="__main__")
+
+
+def _write_down_ends(servers: dict[int, Path]) -> None:
+    for pid, ended in list(servers.items()):
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            del servers[pid]
+            unfinished = ended.with_suffix(".part")
+            unfinished.write_text(str(os.waitstatus_to_exitcode(status)))
+            unfinished.rename(ended)
+
+
+@contextlib.contextmanager
+def _signal_waits(sign: int) -> Iterator[None]:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {sign})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {sign})
 
 
 if __name__ == "__main__":
