@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
@@ -40,6 +41,8 @@ TICK_SECONDS = 0.1
 MOST_UNSENT_BYTES = 128 << 10
 # New objects beyond those that have gone again, before the garbage collector looks for circles among them.
 GARBAGE_AFTER = 50_000
+# While another thread computes (a page, the ledger) the event loop may wait so long for the interpreter, at every turn.
+SWITCH_SECONDS = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class Server(uvicorn.Server):
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MOST_UNSENT_BYTES)
         self.watchdog.start()
         settle_memory()
+        sys.setswitchinterval(SWITCH_SECONDS)
         if self.above is not None and self.started:
             asyncio.get_running_loop().add_reader(self.above.life, self._orphaned)
             os.write(self.above.ready, b"1")
