@@ -385,6 +385,7 @@ def _serve_commands() -> None:
     servers: dict[int, Path] = {}
     signal.signal(signal.SIGCHLD, lambda *_: _write_down_ends(servers))
     django.setup()
+    _ship_what_is_new()
     for line in orders:
         order = json.loads(line)
         if "fork" in order:
@@ -412,6 +413,24 @@ def _serve_commands() -> None:
             connections.close_all()  # an idle reader would keep SQLite's log from being emptied
         answers.write(json.dumps({"out": out.getvalue(), "failed": failed}) + "\n")
         answers.flush()
+
+
+def _ship_what_is_new() -> None:
+    """`usage` stores all of a journal again; here it goes on where it was, since tests ask for hundreds of rows."""
+    from proxy import journal, ledger
+
+    shipped: dict[Path, int] = {}
+
+    def ship(folder: Path) -> int:
+        stored = 0
+        for segment in journal.segments(folder):
+            with contextlib.suppress(FileNotFoundError):  # the server has shipped and deleted it meanwhile
+                settled, end = journal.settlements(segment, shipped.get(segment, 0))
+                stored += ledger.store(ledger.rows_of(settled))
+                shipped[segment] = end
+        return stored
+
+    ledger.ship = ship
 
 
 def _become_server(words: list[str], log: str) -> None:

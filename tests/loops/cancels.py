@@ -36,6 +36,7 @@ from tests.proxy.test_gateway import CHAT, KEY, USAGE, House, says, sse
 
 ROOM = 10
 AT_ONCE = 40
+MOST_TRIES = 100  # for each that is cancelled: most find no room in time, or end before
 IMPATIENT = replace(QUICK, pool_wait_seconds=0.02)
 LONGEST_SECONDS = {False: 0.03, True: 0.06}  # without and with TLS, which here costs both sides their time
 
@@ -43,7 +44,7 @@ LONGEST_SECONDS = {False: 0.03, True: 0.06}  # without and with TLS, which here 
 def run(
     times: int, *, seed: int = 1, tls: bool = False, on_uvloop: bool = False, progress: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """Cancel so many calls. `taken`, `open_connections`, `tasks` and `descriptors` count what is left, and must be 0."""
+    """Cancel so many calls; others end before. `taken`, `open_connections`, `tasks` and `descriptors` count what is left, and must be 0."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop if on_uvloop else None) as runner:
         return runner.run(_run(times, random.Random(seed), tls, progress))
 
@@ -70,10 +71,9 @@ async def _run(times: int, chance: random.Random, tls: bool, progress: Callable[
             before, descriptors = asyncio.all_tasks(), await _descriptors(via, there)
             outcomes: Counter[str] = Counter()
             moody.set()
-            for begun in range(0, times, AT_ONCE):
+            while outcomes["cancelled"] < times:
                 outcomes.update(await asyncio.gather(*(_one(via, url, pem, chance, longest_seconds) for _ in range(AT_ONCE))))
-                if begun % 1000 == 0:
-                    say(progress, f"cancelled {begun + AT_ONCE} of {times}")
+                _tell(progress, outcomes.total(), outcomes["cancelled"], times)
             moody.clear()
             after = await _descriptors(via, there)
             left = asyncio.all_tasks() - before
@@ -81,7 +81,7 @@ async def _run(times: int, chance: random.Random, tls: bool, progress: Callable[
             tasks = [task for task in left if "serve" not in repr(task)]
             answer = await fetch(via, call(url, ca_pem=pem))
             return {
-                "calls": times,
+                "calls": outcomes.total(),
                 "outcomes": dict(outcomes),
                 "taken": next(iter(via._pools.values())).taken - 1,
                 "open_connections": there.open - 1,
@@ -89,6 +89,12 @@ async def _run(times: int, chance: random.Random, tls: bool, progress: Callable[
                 "descriptors": after - descriptors,
                 "next_call": answer,
             }
+
+
+def _tell(progress: Callable[[str], None] | None, begun: int, cancelled: int, wanted: int) -> None:
+    assert begun < MOST_TRIES * wanted, f"of {begun} calls only {cancelled} could be cancelled"
+    if begun % 1000 < AT_ONCE:
+        say(progress, f"cancelled {cancelled} of {wanted}")
 
 
 async def _usual_seconds(via: PooledTransport, url: str, pem: str) -> float:
@@ -161,17 +167,16 @@ async def _run_requests(times: int, chance: random.Random, folder: Path, progres
         await _request(house, chance, longest_seconds=30)
         before, descriptors = asyncio.all_tasks(), await _descriptors(via, there)
         outcomes: Counter[str] = Counter()
-        for begun in range(0, times, AT_ONCE):
+        while outcomes["left"] + outcomes["cut"] < times:
             outcomes.update(await asyncio.gather(*(_request(house, chance, longest_seconds=0.07) for _ in range(AT_ONCE))))
-            if begun % 1000 == 0:
-                say(progress, f"cancelled {begun + AT_ONCE} of {times}")
+            _tell(progress, outcomes.total(), outcomes["left"] + outcomes["cut"], times)
         after = await _descriptors(via, there)
         tasks = [task for task in asyncio.all_tasks() - before if "serve" not in repr(task)]
         records = house.records()
         admitted = {record.request_id for record in records if isinstance(record, Admitted)}
         settled = Counter(record.request_id for record in records if isinstance(record, Settled))
         return {
-            "requests": times,
+            "requests": outcomes.total(),
             "outcomes": dict(outcomes),
             "statuses": dict(Counter(record.status for record in records if isinstance(record, Settled))),
             "taken": next(iter(via._pools.values())).taken,
