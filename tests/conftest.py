@@ -106,33 +106,41 @@ def _add_server_log(item: pytest.Item, report: pytest.TestReport) -> None:
 # A Sluice that runs
 
 
-@pytest.fixture(scope="session")
-def serve() -> Iterator[Callable[..., Sluice]]:
-    """Start a further Sluice with settings of its own: `serve(HEARTBEAT_SECONDS="0.1")`. Stopped when all is done."""
+@contextmanager
+def _serving() -> Iterator[Callable[..., Sluice]]:
     with ExitStack() as stack:
 
         def start(*, hurried: bool = False, **settings: str) -> Sluice:
             sluice = stack.enter_context(running(hurried=hurried, **settings))
             _RUNNING.append(sluice)
+            stack.callback(_RUNNING.remove, sluice)
             return sluice
 
         yield start
 
 
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Callable[..., Sluice]]:
+    """Start a further Sluice with settings of its own: `serve(HEARTBEAT_SECONDS="0.1")`. Stopped after the file's last test."""
+    with _serving() as start:
+        yield start
+
+
 @pytest.fixture(scope="session")
-def sluice(serve: Callable[..., Sluice]) -> Sluice:
+def sluice() -> Iterator[Sluice]:
     """The Sluice that tests share, on SQLite, in a hurry. Each test makes keys and prefixes of its own."""
-    return serve(hurried=True)
+    with _serving() as start:
+        yield start(hurried=True)
 
 
 @pytest.fixture(scope="session", params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
-def sluice_on(request: pytest.FixtureRequest, serve: Callable[..., Sluice]) -> Iterator[Sluice]:
+def sluice_on(request: pytest.FixtureRequest) -> Iterator[Sluice]:
     """A Sluice on each database."""
     if request.param == "sqlite":
         yield request.getfixturevalue("sluice")
         return
-    with postgres_database() as url:
-        yield serve(hurried=True, DATABASE_URL=url, SECRET_KEY=secrets.token_hex(32), KEYRING=secrets.token_hex(32))
+    with postgres_database() as url, _serving() as start:
+        yield start(hurried=True, DATABASE_URL=url, SECRET_KEY=secrets.token_hex(32), KEYRING=secrets.token_hex(32))
 
 
 @pytest.fixture

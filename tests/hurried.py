@@ -1,4 +1,4 @@
-"""`manage.py` in a hurry: what a server looks at every few seconds it looks at ten times a second, for tests that wait for it.
+"""`manage.py` in a hurry: what a server looks at every few seconds it looks at several times a second, for tests that wait for it.
 
 What is shown with it is that something happens, not how soon: tests of the promised times run the server as it is.
 """
@@ -9,6 +9,7 @@ import os
 import sys
 
 EVERY_SECONDS = 0.1
+RENEW_EVERY_SECONDS = 0.5  # to look for what is due costs more than the other two
 
 
 def main() -> None:
@@ -21,7 +22,8 @@ def main() -> None:
     from project import runtime
     from proxy import snapshot
 
-    snapshot.LOOK_EVERY_SECONDS = runtime.TOKENS_EVERY_SECONDS = runtime.CUT_EVERY_SECONDS = EVERY_SECONDS
+    snapshot.LOOK_EVERY_SECONDS = runtime.CUT_EVERY_SECONDS = EVERY_SECONDS
+    runtime.TOKENS_EVERY_SECONDS = RENEW_EVERY_SECONDS
     execute_from_command_line(["manage.py", *sys.argv[1:]])
 
 

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,19 @@ def postgres_template() -> str:
             _migrate({"DATA_DIR": folder, "DATABASE_URL": f"{POSTGRES_URL}/{name}", "SECRET_KEY": "s" * 50, "KEYRING": "k" * 50})
         noted.write_text(name)
         return name
+
+
+def is_migrated(database_url: str | None, data_dir: Path) -> bool:
+    """Whether somebody has: how far, the server checks itself when it starts."""
+    if database_url is None:
+        if not (data_dir / SQLITE_NAME).exists():
+            return False
+        with contextlib.closing(sqlite3.connect(data_dir / SQLITE_NAME)) as file:
+            return bool(file.execute("SELECT count(*) FROM sqlite_master WHERE name = 'django_migrations'").fetchone()[0])
+    import psycopg
+
+    with psycopg.connect(database_url) as connection:
+        return bool(connection.execute("SELECT to_regclass('django_migrations') IS NOT NULL").fetchone()[0])  # type: ignore[index]
 
 
 def _forget() -> None:

@@ -75,7 +75,7 @@ class Sluice:
         self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if "DATABASE_URL" not in self.env and not any(self.data_dir.iterdir()):
             migrated.copy_sqlite(self.data_dir)
-        else:
+        elif not migrated.is_migrated(self.env.get("DATABASE_URL"), self.data_dir):
             self.manage("migrate", "--no-input", "-v", "0")
         if not forked or "DATABASE_URL" in self.env or "REDIS_URL" in self.env:
             return self.start_again()  # threads keep connections there, and no thread survives a fork
