@@ -19,3 +19,5 @@ from project.settings import *  # noqa: E402, F403
 # Real hashing costs a quarter of a second a password; what is hashed is the same.
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 ALLOWED_HOSTS = ["*"]
+# Each test client reads the settings anew, and would look through all static files.
+WHITENOISE_AUTOREFRESH = True
