@@ -47,6 +47,7 @@ from proxy.http import Site
 from proxy.journal import Journal, Settled
 from proxy.leaving import Leaving
 from proxy.ledger import Ledger
+from proxy.lookups import Lookups
 from proxy.patience import be_brief, patient
 from proxy.refusals import Refusals
 from proxy.stores.health import IGNORED_REST_SECONDS, Health
@@ -67,11 +68,9 @@ UPKEEP_EVERY_SECONDS = 60.0
 LISTS_EVERY_SECONDS = 5.0  # how soon a new upstream is asked for its models; each is asked again hourly
 TOKENS_EVERY_SECONDS = 5.0
 CUT_EVERY_SECONDS = 5.0  # with the age of the catalog less than half of the 30 s that are promised
-UNKNOWN_SECONDS = 2.0
 REDIS_SECONDS = 2.0  # a start waits so long for it
 JOIN_SECONDS = 20.0  # and so long for the others
 NEW_BUDGET_SECONDS = 2.0  # the first call of a new key waits so long until its budget is counted
-MOST_UNKNOWN = 10_000
 WAITING_SHARE = 5  # of the calls to one upstream every fifth may be one that waits for a connection
 USAGE_CHANNEL = usage_channel_of()
 
@@ -99,7 +98,7 @@ class Runtime:
         self._budgets: tuple[Catalog, set[Budget]] = (self.current.catalog, set())
         self._rests: Rests | None = None
         self._starting = asyncio.Lock()
-        self._unknown: dict[bytes, float] = {}
+        self._lookups = Lookups(self._load_key)
         self._lock: int | None = None
         timeouts = timeouts_of(env)
         waiting = env.upstream_requests // WAITING_SHARE
@@ -108,7 +107,7 @@ class Runtime:
         )
         self.gateway = Gateway(
             current=self.current,
-            load=self._load_key,
+            load=self._lookups,
             limits=self.limits,
             health=Health(ejection_seconds=env.ejection_seconds),
             journal=self.journal,
@@ -230,7 +229,7 @@ class Runtime:
 
     def _cut(self, under_way: set[Leaving]) -> None:
         """In a thread of its own."""
-        self._do(cut_refused(under_way, self.current, self._load_key))
+        self._do(cut_refused(under_way, self.current, self._lookups))
 
     def _share(self) -> None:
         if self._journal is not None:
@@ -392,21 +391,11 @@ class Runtime:
         return await asyncio.get_running_loop().run_in_executor(self._renewing, work, credential_id, generation)
 
     async def _load_key(self, digests: Sequence[bytes]) -> Principal | None:
-        now = time.monotonic()
-        if digests and self._unknown.get(digests[0], 0.0) > now:
-            return None
         try:
-            principal = await sync_to_async(self._load_and_count, thread_sensitive=False)(digests)
+            return await sync_to_async(self._load_and_count, thread_sensitive=False)(digests)
         except (DatabaseError, InterfaceError):
             log.warning("A key could not be looked up: the database is away")
             raise Unavailable("The gateway cannot check this key just now.", code="database_unavailable", retry_after_seconds=2) from None
-        if principal is None:
-            if len(self._unknown) >= MOST_UNKNOWN:
-                self._unknown = {digest: until for digest, until in self._unknown.items() if until > now}
-                if len(self._unknown) >= MOST_UNKNOWN:
-                    self._unknown.clear()
-            self._unknown.update(dict.fromkeys(digests, now + UNKNOWN_SECONDS))
-        return principal
 
 
 def renew(credential_id: int, generation: int) -> Access:
