@@ -20,12 +20,10 @@ from providers.http1 import request_head
 class OverHttpx:
     """See `exchange.Transport`."""
 
-    def __init__(self, transport: httpx.AsyncBaseTransport, timeouts: Timeouts | None = None, most_calls: int | None = None) -> None:
-        """`most_calls` at once; more raise httpx.PoolTimeout."""
+    def __init__(self, transport: httpx.AsyncBaseTransport, timeouts: Timeouts | None = None) -> None:
         timeouts = timeouts or Timeouts()
         self._transport = transport
-        self._most_calls = most_calls
-        self._open = 0
+        self.calls = 0  # under way
         # Reading is watched by whoever waits for it.
         self._limits = {"pool": timeouts.pool_wait_seconds, "connect": timeouts.connect_seconds, "write": timeouts.idle_seconds}
 
@@ -33,9 +31,7 @@ class OverHttpx:
         request_head(call)  # what must not be sent is refused in the same words, whoever would send it
         request = call.as_httpx()
         request.extensions["timeout"] = self._limits
-        if self._most_calls is not None and self._open >= self._most_calls:
-            raise httpx.PoolTimeout("Enough calls to the upstream are under way.")
-        self._open += 1
+        self.calls += 1
         try:
             response = await self._transport.handle_async_request(request)
             try:
@@ -48,7 +44,7 @@ class OverHttpx:
             raise
 
     def _ended(self) -> None:
-        self._open -= 1
+        self.calls -= 1
 
     async def aclose(self) -> None:
         await self._transport.aclose()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections import Counter
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
@@ -60,7 +61,10 @@ class PooledTransport(httpx.AsyncBaseTransport):
     async def send(self, call: Outgoing, watch: Watch) -> Answer:
         place = call.place
         if place.proxy_url or place.http2:
-            return await (await self._by_httpx(place)).send(call, watch)
+            by_httpx = await self._by_httpx(place)
+            if self._calls_by_httpx()[place.origin] >= self._most_connections:
+                raise httpx.PoolTimeout("Enough calls to the upstream are under way.")
+            return await by_httpx.send(call, watch)
         head = request_head(call)
         pool = self._pool(place.origin)
         kept = pool.take(place) or await pool.room(place, self._timeouts.pool_wait_seconds)
@@ -89,8 +93,18 @@ class PooledTransport(httpx.AsyncBaseTransport):
         self._by_others.clear()
 
     def most_calls(self) -> int:
-        """At, or waiting for, the one origin that has the most of them; those that httpx takes are not counted."""
-        return max((pool.calls for pool in self._pools.values()), default=0)
+        """At, or waiting for, the one origin that has the most of them."""
+        calls = self._calls_by_httpx()
+        for origin, pool in self._pools.items():
+            calls[origin] += pool.calls
+        return max(calls.values(), default=0)
+
+    def _calls_by_httpx(self) -> Counter[Origin]:
+        """Under way; of all credentials together, since what hangs is the origin."""
+        calls: Counter[Origin] = Counter()
+        for place, by_httpx in self._by_others.items():
+            calls[place.origin] += by_httpx.calls
+        return calls
 
     # Connections
 
@@ -169,7 +183,7 @@ class PooledTransport(httpx.AsyncBaseTransport):
         if place not in self._by_others:
             if place.proxy_url:
                 place_of(place.proxy_url)  # refuses what is no plain address
-            self._by_others[place] = OverHttpx(HttpxTransport(self._egress, place), self._timeouts, self._most_connections)
+            self._by_others[place] = OverHttpx(HttpxTransport(self._egress, place), self._timeouts)
         return self._by_others[place]
 
     # For those who speak httpx

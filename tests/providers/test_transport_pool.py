@@ -345,22 +345,38 @@ async def test_the_busiest_origin_is_the_one_with_the_most_calls_those_that_wait
         tasks[2].cancel()
 
 
-async def test_what_goes_over_httpx_has_a_bound_of_its_own():
+async def test_calls_that_httpx_takes_are_counted_until_they_are_closed_or_fail():
     answered = httpx.MockTransport(lambda request: httpx.Response(200, text="hello"))
     broken = httpx.MockTransport(lambda request: httpx.Response(200, headers={"content-encoding": "zstd"}, stream=httpx.ByteStream(b"?")))
-    one = OverHttpx(answered, most_calls=1)
     asked = call("http://somewhere.example")
-    first = await one.send(asked, Unwatched())
-    with pytest.raises(httpx.PoolTimeout):
-        await one.send(asked, Unwatched())
+    one = OverHttpx(answered)
+    first, second = await one.send(asked, Unwatched()), await one.send(asked, Unwatched())
+    assert one.calls == 2
     for _ in range(2):
         await first.close()
-    second = await one.send(asked, Unwatched())
+    assert one.calls == 1
     await second.close()
-    one = OverHttpx(broken, most_calls=1)
-    for _ in range(2):
-        with pytest.raises(httpx.DecodingError):
-            await one.send(asked, Unwatched())
+    assert one.calls == 0
+    one = OverHttpx(broken)
+    with pytest.raises(httpx.DecodingError):
+        await one.send(asked, Unwatched())
+    assert one.calls == 0
+
+
+async def test_so_they_are_bounded_by_origin_whoever_makes_them():
+    slow = Slow()
+    async with origin(slow) as proxy, transport(most_connections=2) as via:
+        hung = [call("http://93.184.216.34", proxy_url=proxy.url, credential_id=number) for number in range(3)]
+        tasks = [asyncio.create_task(fetch(via, one)) for one in hung[:2]]
+        while proxy.connections < 2:
+            await asyncio.sleep(0.001)
+        assert via.most_calls() == 2
+        with pytest.raises(httpx.PoolTimeout):
+            await fetch(via, hung[2])
+        other = asyncio.create_task(fetch(via, call("http://93.184.216.35", proxy_url=proxy.url)))
+        slow.go.set()
+        assert await asyncio.gather(*tasks, other) == [(200, b"hello")] * 3
+        assert via.most_calls() == 0
 
 
 async def test_whoever_waits_first_is_served_first_and_by_the_same_connections():
