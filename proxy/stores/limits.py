@@ -64,7 +64,9 @@ def over_budget(limit: Limit) -> OverBudget:
 
 @lru_cache(maxsize=4096)
 def _window(window: str, time_zone: str, quarter: int) -> float:
-    local = datetime.fromtimestamp(quarter * 900, ZoneInfo(time_zone)).replace(minute=0, second=0, microsecond=0, hour=0)
+    local = datetime.fromtimestamp(quarter * 900, ZoneInfo(time_zone))
+    # Where the clocks go back to midnight it comes twice: the day begins with the first.
+    local = local.replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
     if window == "week":
         local -= timedelta(days=local.weekday())
     elif window == "month":
