@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from accounts.principal import Principal
 from providers.adapter import Target
 from providers.secrets import redact
-from providers.wire import Json
+from providers.wire import MOST_TOKENS, Json
 from proxy.call import Admission, Asked, Incoming, Outcome
 from proxy.catalog import Catalog
 from proxy.errors import Unavailable
@@ -56,7 +56,8 @@ async def admit(
 def hold_of(request_id: str, at: float, principal: Principal, asked: Asked, targets: Sequence[Target], catalog: Catalog) -> Hold:
     """The most that the call may use, of everything that may be limited."""
     ceiling = asked.head.ceiling()
-    output = (OUTPUT_WHEN_UNSAID if ceiling is None else max(0, ceiling)) * asked.head.choices()
+    # A client may allow more than any upstream can say it has used; what is held for it must still fit into Redis's integers.
+    output = min((OUTPUT_WHEN_UNSAID if ceiling is None else max(0, ceiling)) * asked.head.choices(), MOST_TOKENS)
     return Hold(
         request_id=request_id,
         at=at,

@@ -12,9 +12,16 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from accounts.principal import Limit
+from accounts.principal import Limit, Principal
+from providers.adapter import Target
+from providers.price import Price, PriceBook
+from providers.secrets import SecretText
+from providers.wire import ChatHead
 from proxy.call import Granted
+from proxy.catalog import Catalog
 from proxy.errors import OverBudget, OverLimit, Unavailable, UnpricedModel
+from proxy.pipeline import translate
+from proxy.pipeline.admit import hold_of
 from proxy.stores import link
 from proxy.stores import redis as store
 from proxy.stores.limits import Budget, Hold, budget_of, window_start
@@ -246,6 +253,23 @@ async def test_shadow_limits_and_models_without_a_price():
         with pytest.raises(UnpricedModel):
             await one[0].reserve(hold("b", BUDGET, money=None))
         await one[0].reserve(hold("c", money=None))  # without limits nobody is asked
+
+
+@pytest.mark.parametrize("most", [10**15, 10**25, 10**400], ids=["15 digits", "25 digits", "400 digits"])
+async def test_a_client_that_allows_any_number_of_tokens_takes_no_place_for_good(most):
+    """What is held for it is no number of Redis's: a script that fails there has taken what stood before it already."""
+    places, rate = Limit("organization:1", "concurrency", 2), Limit("key:1", "tpm", 1000)
+    counted = Limit("key:1", "money", 100, window="total", enforce=False)
+    asked = translate.read("chat/completions", ChatHead, b'{"model": "m", "messages": [], "max_tokens": %d}' % most, content_type=b"")
+    caller = Principal(1, 1, 1, limits=(places, rate, counted))
+    target = Target("openai", 1, "one", "https://one.example", SecretText(""), "m", "one/m")
+    catalog = Catalog(prices=PriceBook([Price(1, "one/m", 0, 10_000_000, 80_000_000)]))
+    async with workers(1, counted) as one:
+        for number in range(5):
+            await one[0].reserve(hold_of(f"r{number}", time.time(), caller, asked, [target], catalog))
+            one[0].settle(f"r{number}", 0, None if number == 4 else 0)
+            await quiet(one)
+            assert one[0].link.is_up
 
 
 async def test_what_was_spent_before_a_budget_existed_counts_exactly_once():
