@@ -129,7 +129,7 @@ return {1, shadowed, r[1], r[2], r[3], t[1], t[2], t[3]}
 """
 )
 
-# ARGV: epoch, worker, request, tokens, money (- = what was held), without a hold (0 nothing, 1 count it once, 2 count it once
+# ARGV: epoch, worker, request, tokens and money (- = what was held), without a hold (0 nothing, 1 count it once, 2 count it once
 # unless the worker belongs to this epoch); then of each counter: budget, start.
 SETTLE = (
     _BEGIN
@@ -148,7 +148,7 @@ if packed then
   if money == '-' then money = held end
   for _, gate in ipairs(hold[3]) do
     local kind, key = gate[1], gate[2]
-    if kind == 't' and gate[4] > 0 then
+    if kind == 't' and gate[4] > 0 and ARGV[4] ~= '-' then
       now = now or clock()
       local rate, more = base .. 'rate:' .. key, (tonumber(ARGV[4]) - gate[3]) * 60000000 / gate[4]
       arrive(rate, math.max(now, arrival(rate, now) + more), now)

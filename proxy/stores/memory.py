@@ -60,7 +60,8 @@ class MemoryLimits:
         now = self._clock()
         return [(gate.limit, gate.refusal(hold, now)) for gate in self._gates_of(hold.limits)]
 
-    def settle(self, request_id: str, tokens: int, money: int | None) -> None:
+    def settle(self, request_id: str, tokens: int | None, money: int | None) -> None:
+        """As the port has it; `tokens` None = what was held, which here may be less than the hold says."""
         hold, gates = self._holds.pop(request_id, (None, ()))
         if hold is None:
             return
@@ -139,8 +140,8 @@ class Gate:
     def take(self, hold: Hold, now: float) -> None:
         raise NotImplementedError
 
-    def settle(self, hold: Hold, tokens: int, now: float) -> None:
-        """The request is over: `tokens` is what it used."""
+    def settle(self, hold: Hold, tokens: int | None, now: float) -> None:
+        """The request is over: `tokens` is what it used, None = what was taken for it."""
         raise NotImplementedError
 
 
@@ -181,8 +182,8 @@ class RateGate(Gate):
         left = int((MINUTE - ahead) / self.each_seconds + 1e-6) if self.amount else 0
         return Room(self.amount, max(0, left), ahead)
 
-    def settle(self, hold: Hold, tokens: int, now: float) -> None:
-        if self.by_tokens:
+    def settle(self, hold: Hold, tokens: int | None, now: float) -> None:
+        if self.by_tokens and tokens is not None:
             self.arrival.at += (tokens - self._cost(hold)) * self.each_seconds
 
     def _cost(self, hold: Hold) -> int:
@@ -205,7 +206,7 @@ class OpenGate(Gate):
     def take(self, hold: Hold, now: float) -> None:
         self.open[self.limit.scope] = self.open.get(self.limit.scope, 0) + 1
 
-    def settle(self, hold: Hold, tokens: int, now: float) -> None:
+    def settle(self, hold: Hold, tokens: int | None, now: float) -> None:
         left = self.open.get(self.limit.scope, 0) - 1
         if left > 0:
             self.open[self.limit.scope] = left
@@ -232,7 +233,7 @@ class MoneyGate(Gate):
     def take(self, hold: Hold, now: float) -> None:
         self._hold_more(hold, hold.money or 0)
 
-    def settle(self, hold: Hold, tokens: int, now: float) -> None:
+    def settle(self, hold: Hold, tokens: int | None, now: float) -> None:
         self._hold_more(hold, -(hold.money or 0))
 
     def _counter(self, hold: Hold) -> tuple[Budget, float]:

@@ -201,7 +201,7 @@ class RedisLimits:
         )
 
     def _settlement(
-        self, epoch: bytes, worker: bytes, request_id: str, tokens: int, money: bytes, once: bytes, counters: Sequence[bytes]
+        self, epoch: bytes, worker: bytes, request_id: str, tokens: int | str, money: bytes, once: bytes, counters: Sequence[bytes]
     ) -> bytes:
         return pack((b"EVALSHA", self._sha[lua.SETTLE], b"1", self._key, epoch, worker, request_id, tokens, money, once, *counters))
 
@@ -225,7 +225,7 @@ class RedisLimits:
     def _post(self, taken: Taken) -> None:
         assert taken.plan is not None
         if not taken.epoch:
-            self._memory.settle(taken.hold.request_id, taken.hold.tokens, 0)
+            self._memory.settle(taken.hold.request_id, None, 0)
         taken.epoch = self.epoch
         self._tell(self.epoch, self._command(lua.RESERVE, self.epoch, taken.hold, taken.plan, b"2"))
 
@@ -387,8 +387,8 @@ class RedisLimits:
         self._tell(self.epoch, pack((b"EVALSHA", lua.sha(lua.BEAT), b"1", self._key, self.lease, LEASE_SECONDS, old)))
         for taken in self._taken.values():
             if taken.plan is not None and taken.epoch:
-                hold = taken.hold
-                self._tell(self.epoch, self._settlement(self.epoch, self._worker, hold.request_id, hold.tokens, b"0", b"0", ()))
+                given_back = self._settlement(self.epoch, self._worker, taken.hold.request_id, "-", b"0", b"0", ())
+                self._tell(self.epoch, given_back)
                 self._post(taken)
 
     # Rounds; called on the loop

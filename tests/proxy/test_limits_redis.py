@@ -204,6 +204,40 @@ async def test_the_places_of_a_worker_that_is_not_heard_of_are_free_and_its_own_
         assert await admitted(two[1], hold("c", limit)) == 1
 
 
+async def test_what_is_taken_again_costs_no_second_time(monkeypatch):
+    """A call may allow itself more tokens than a minute has: it is let in for all of the minute, and no more than that is its due."""
+    limit = Limit("key:1", "tpm", 100)
+    async with workers(1) as one:
+        await one[0].reserve(hold("a", limit, tokens=100_000))
+        monkeypatch.setattr(store, "LEASE_SECONDS", 0.01)
+        await one[0].beat()
+        await asyncio.sleep(0.05)
+        monkeypatch.setattr(store, "LEASE_SECONDS", 15)
+        await one[0].beat()
+        await quiet(one)
+        with pytest.raises(OverLimit) as refused:
+            await one[0].reserve(hold("b", limit, tokens=100))
+        assert 59 < refused.value.retry_after_seconds <= 60
+
+
+async def test_what_was_let_in_without_redis_costs_no_second_time_when_it_is_back():
+    limit = Limit("key:1", "tpm", 100)
+    with server() as own:
+        async with workers(1, url=own.url, name="sluice") as one:
+            await asyncio.to_thread(own.stop)
+            await asyncio.sleep(0.1)
+            await one[0].reserve(hold("a", limit, tokens=100_000))
+            await asyncio.to_thread(own.restart)
+            assert await one[0].is_connected(5)
+            await one[0].beat()
+            await one.agree()
+            await asyncio.to_thread(own.stop)
+            await asyncio.sleep(0.1)
+            with pytest.raises(OverLimit) as refused:
+                await one[0].reserve(hold("b", limit, tokens=100))
+            assert refused.value.retry_after_seconds <= 60
+
+
 async def test_a01_a_thousand_at_once_with_room_for_fifty():
     limits = tuple(Limit(one.scope, "money", 50 * 7, window=one.window) for one in ALL)
     async with workers(4, *limits) as four:
