@@ -103,6 +103,8 @@ for i = 8, #ARGV, 5 do
   if wait and asks then
     if enforce then return {0, gate, string.format('%.0f', wait)} end
     shadowed = shadowed .. gate .. ' '
+    -- What is refused takes nothing, or the next would seem to be refused for it. But money is spent all the same.
+    if kind ~= 'm' then taken[#taken][1], ats[gate] = '-', nil end
   end
 end
 for g = 1, #taken do

@@ -41,6 +41,7 @@ class MemoryLimits:
             return FREE
         now = self._clock()
         shadowed: list[str] = []
+        taken = gates
         for gate in gates:
             problem = gate.refusal(hold, now)
             if problem is None:
@@ -50,9 +51,12 @@ class MemoryLimits:
                     problem.granted = _left(gates, now)
                 raise problem
             shadowed.append(f"shadow:{problem.code}")
-        for gate in gates:
+            # What is refused takes nothing, or the next would seem to be refused for it. But money is spent all the same.
+            if not isinstance(gate, MoneyGate):
+                taken = [one for one in taken if one is not gate]
+        for gate in taken:
             gate.take(hold, now)
-        self._holds[hold.request_id] = hold, gates
+        self._holds[hold.request_id] = hold, taken
         return _left(gates, now, tuple(shadowed))
 
     def look(self, hold: Hold) -> list[tuple[Limit, ApiError | None]]:

@@ -115,6 +115,28 @@ def test_a_shadow_limit_says_what_it_would_have_done_and_lets_pass():
     assert store.open_holds() == 1
 
 
+@pytest.mark.parametrize("metric", ["rpm", "tpm", "concurrency"])
+def test_a_shadow_limit_counts_what_it_would_have_refused(metric):
+    """Ten minutes of twice as much as is allowed, and then of half as much."""
+    amount = {"rpm": 60, "tpm": 600, "concurrency": 4}[metric]
+    refused: dict[bool, list[int]] = {}
+    for enforce in (True, False):
+        clock, limit = Clock(), Limit("key:1", metric, amount, enforce=enforce)
+        store, refused[enforce] = MemoryLimits(clock), []
+        for number in range(1500):
+            clock.now += 0.5 if number < 1200 else 2.0
+            try:
+                said = reserve(store, hold(str(number), limit, tokens=12)).shadowed
+            except OverLimit as problem:
+                said = (f"shadow:{problem.code}",)
+            if said:
+                refused[enforce].append(number)
+            store.settle(str(number - (8 if number < 1200 else 2)), 10, 0)
+    assert refused[True]
+    assert refused[True][-1] < 1210
+    assert refused[False] == refused[True]
+
+
 def test_what_was_spent_before_a_budget_existed_counts_exactly_once():
     store = MemoryLimits()
     limit = Limit("key:1", "money", 100, window="month")

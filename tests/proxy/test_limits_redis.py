@@ -306,6 +306,25 @@ async def test_a_client_that_allows_any_number_of_tokens_takes_no_place_for_good
             assert one[0].link.is_up
 
 
+@pytest.mark.parametrize("metric", ["rpm", "tpm", "concurrency"])
+async def test_a_shadow_limit_counts_what_it_would_have_refused(metric):
+    """After three times as much as is allowed the next is let in as soon as there would have been room for it."""
+    wide, counted = Limit("organization:1", metric, 1000), Limit("key:1", metric, 20, enforce=False)
+    async with workers(1) as one:
+        shadowed = [bool((await one[0].reserve(hold(f"a{number}", counted, wide, tokens=1))).shadowed) for number in range(60)]
+        assert shadowed == [number >= 20 for number in range(60)]
+        for number in range(59 if metric == "tpm" else 1):
+            one[0].settle(f"a{number}", 1, 0)
+        await asyncio.sleep(3.1 if metric != "concurrency" else 0)
+        shadowed = [bool((await one[0].reserve(hold(f"b{number}", counted, wide, tokens=1))).shadowed) for number in range(2)]
+        assert shadowed == [False, True]
+        for name in list(one[0]._taken):
+            one[0].settle(name, 1, 0)
+        await quiet(one)
+        if metric == "concurrency":  # each place is given back once
+            assert await admitted(one[0], *(hold(f"c{number}", Limit("key:1", metric, 20)) for number in range(30))) == 20
+
+
 async def test_what_was_spent_before_a_budget_existed_counts_exactly_once():
     async with workers(2) as two:
         await two[0].reserve(hold("old", money=0))
