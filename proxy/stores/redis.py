@@ -43,6 +43,7 @@ BEAT_SECONDS = 1.0
 GATHER_SECONDS = 2.0  # after a flush nobody knows who lives: so long everybody has to make itself known
 MOST_ROUND_SECONDS = 16.0  # longer than a lease, so that only a dead worker is left behind
 LOADING_SECONDS = 0.15
+MOST_QUEUED = 50_000  # half a kilobyte each
 QUARTER = 900
 NAMES = {"rpm": b"r", "tpm": b"t", "concurrency": b"c", "money": b"m"}
 ROUND = b"round"
@@ -210,10 +211,15 @@ class RedisLimits:
 
     def _tell(self, epoch: bytes, command: bytes) -> None:
         """In order behind what waits already."""
-        if self._queue or not self.link.is_up:
-            self._queue.append((epoch, command))
-        else:
+        if not epoch:
+            return  # it has no place in Redis now: what it settles is in the journal, and the next epoch begins with that
+        if not self._queue and self.link.is_up:
             self.link.tell(command, (epoch, command))
+        elif len(self._queue) < MOST_QUEUED:
+            self._queue.append((epoch, command))
+        else:  # Redis has been away for long: counting anew costs less than to remember more
+            self._queue.clear()
+            self.epoch = b""
 
     def _not_told(self, what: list[Told]) -> None:
         self._queue.extendleft(told for told in reversed(what) if told[0] == self.epoch)

@@ -408,6 +408,26 @@ async def test_a_redis_that_hangs_costs_a_quarter_of_a_second_once(monkeypatch):
             assert await admitted(one[0], hold("c", BUDGET, money=91), hold("d", BUDGET, money=90)) == 1
 
 
+async def test_a_redis_that_is_away_for_long_is_not_waited_for_with_everything_that_was_settled(monkeypatch):
+    monkeypatch.setattr(link, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(store, "MOST_QUEUED", 5)
+    rate = Limit("key:1", "rpm", 1000)
+    with server() as own:
+        async with workers(1, BUDGET, url=own.url, name="sluice") as one:
+            await one[0].reserve(hold("a", BUDGET, rate, money=60))
+            own.client.execute_command("CLIENT", "PAUSE", 1000, "ALL")
+            for number in range(20):
+                await one[0].reserve(hold(f"r{number}", rate))
+                one[0].settle(f"r{number}", 0, 1)
+                assert len(one[0]._queue) <= 5
+            assert await one[0].is_connected(5)
+            await one[0].beat()
+            assert one[0]._is_behind()  # a new epoch is to be begun, with all that the journals hold
+            one.totals[budget_of(BUDGET)] = 20
+            await one.agree(BUDGET)
+            assert await admitted(one[0], hold("c", BUDGET, money=21), hold("d", BUDGET, money=20)) == 1
+
+
 async def test_settlements_wait_for_redis_and_keep_their_order():
     with server() as own:
         async with workers(1, BUDGET, url=own.url, name="sluice") as one:
