@@ -23,6 +23,7 @@ from providers.secrets import SecretText, redact
 from providers.wire import Json
 
 USER_AGENT = "sluice/0.1"
+MOST_CHOICES = 128  # that are told apart in one stream: OpenAI's own limit of `n`
 
 
 class Target(Struct, frozen=True):
@@ -326,6 +327,8 @@ class SameShape(Reader):
         self._tail = b""  # the last bytes of the parts: a blank line may begin in them
         self._bad_events = 0
         self._saw_reason = False
+        self._begun: set[int] = set()  # the choices that said something, by the hash of their index
+        self._ended: set[int] = set()  # and those with a finish reason
         self._saw_complete = False
         self._saw_done = False
         self._shape: Shape | None = None  # of the content event looked at last
@@ -345,7 +348,7 @@ class SameShape(Reader):
         whole = buffer[:cut] if cut < len(buffer) else buffer
         out: list[bytes] = []
         at = 0
-        while at < len(whole):
+        while at < len(whole) and not self.finished:
             if self._shape is not None and (run := self._shape.run(whole, at)) and self._pass(run):
                 out.append(run)
                 at += len(run)
@@ -396,7 +399,7 @@ class SameShape(Reader):
             self.finished = True
         if self._saw_done or (self.finished and not self._says_done):
             return last
-        if self._saw_reason:  # some servers leave out [DONE]: a finish reason is as good
+        if self._saw_reason and len(self._ended) >= len(self._begun):  # some servers leave out [DONE]: each choice's reason is as good
             self.finished = True
             return last + self._unsaid() + wire.DONE
         raise self._broken("The upstream's stream ended before it was complete.")
@@ -436,8 +439,11 @@ class SameShape(Reader):
             self.content_bytes += text_bytes
             if shape is not None and self.passes_unread:
                 self._shape = shape
-        if seen.choices and any(choice.finish_reason for choice in seen.choices):
-            self._saw_reason = True
+        for choice in seen.choices or ():
+            self._saw_reason = self._saw_reason or bool(choice.finish_reason)
+            known = self._ended if choice.finish_reason else self._begun
+            if len(known) < MOST_CHOICES:
+                known.add(hash(choice.index))
         # A failed response is an event of its API, but what it says of the failure is the upstream's own text.
         return redact(one.decode("utf-8", "replace")).encode() if seen.type == "response.failed" else one
 

@@ -252,6 +252,7 @@ class Delta(msgspec.Struct):
 
 
 class Choice(msgspec.Struct):
+    index: Number | str | None = None
     delta: Delta | None = None
     text: str | None = None
     finish_reason: str | None = None

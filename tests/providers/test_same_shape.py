@@ -135,6 +135,30 @@ def test_without_done_a_finish_reason_is_enough():
     assert out == chunk("a") + chunk(finish="length") + wire.DONE
 
 
+def test_without_done_every_choice_needs_its_reason():
+    def of(index: int, content: str | None, finish: str | None = None) -> bytes:
+        return wire.event({"choices": [{"index": index, "delta": {"content": content} if content else {}, "finish_reason": finish}]})
+
+    events = [of(0, "a"), of(1, "b"), of(0, None, "stop"), of(1, "c")]
+    assert isinstance(fails(events)[0], UpstreamBroke)  # it was cut off: the other choice had not come to its end
+    assert read([*events, of(1, None, "stop")])[1].endswith(wire.DONE)
+
+
+@pytest.mark.parametrize("more", [USAGE, chunk("more"), wire.event({"error": {"message": "lost it"}}), b"data: {\n\n" * 3])
+@given(data=st.data())
+def test_what_follows_done_is_not_read_however_the_network_cuts_it(more: bytes, data: st.DataObject):
+    stream = chunk("a") + chunk(finish="stop") + wire.DONE
+    reader, out = SameShape(drop_usage_event=False, says_done=True), b""
+    for part in data.draw(cut(stream + more)):
+        out += reader.feed(part)
+        if reader.finished:
+            break
+
+    assert out + reader.end() == stream
+    assert reader.failure is None
+    assert reader.tokens is None
+
+
 def test_done_without_a_finish_reason_is_enough():
     assert read([chunk("a"), wire.DONE])[1] == chunk("a") + wire.DONE
 
