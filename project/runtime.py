@@ -68,6 +68,8 @@ UPKEEP_EVERY_SECONDS = 60.0
 LISTS_EVERY_SECONDS = 5.0  # how soon a new upstream is asked for its models; each is asked again hourly
 TOKENS_EVERY_SECONDS = 5.0
 CUT_EVERY_SECONDS = 5.0  # with the age of the catalog less than half of the 30 s that are promised
+LOOK_UPS_AT_ONCE = 4
+AWAY_SECONDS = 1.0  # after a look-up that failed, others do not try: each would wait for seconds
 REDIS_SECONDS = 2.0  # a start waits so long for it
 JOIN_SECONDS = 20.0  # and so long for the others
 NEW_BUDGET_SECONDS = 2.0  # the first call of a new key waits so long until its budget is counted
@@ -91,8 +93,11 @@ class Runtime:
         self._ledger: Ledger | None = None
         self._refresher: snapshot.Refresher | None = None
         self._sweeps: list[Sweep] = []
-        # Renewals have threads of their own: a vendor that does not answer must not hold up look-ups of keys and names.
+        # Renewals have threads of their own: a vendor that does not answer must not hold up look-ups of names.
         self._renewing = ThreadPoolExecutor(RENEWALS_AT_ONCE, "sluice-renewals")
+        # And look-ups of keys have theirs: strangers can ask for any number, and while the database is away each waits for seconds.
+        self._looking_up = ThreadPoolExecutor(LOOK_UPS_AT_ONCE, "sluice-keys")
+        self._away_until = 0.0
         self._rounds: Rounds | None = None
         self._asked_for: set[Budget] = set()  # budgets of keys that are newer than the catalog
         self._budgets: tuple[Catalog, set[Budget]] = (self.current.catalog, set())
@@ -370,6 +375,9 @@ class Runtime:
         return self._on_loop(asking, here)
 
     def _load_and_count(self, digests: Sequence[bytes]) -> Principal | None:
+        """In a thread. Raises DatabaseError or InterfaceError, at once where another has just done so."""
+        if time.monotonic() < self._away_until:
+            raise DatabaseError("The database was away a moment ago.")
         try:
             principal = snapshot.load_key(digests)
             if principal is not None:
@@ -380,6 +388,10 @@ class Runtime:
                     self._asked_for |= {budget_of(limit) for limit in money}
                     self._rounds.wait_for(self._asked_for, NEW_BUDGET_SECONDS)
             return principal
+        except (DatabaseError, InterfaceError):
+            self._away_until = time.monotonic() + AWAY_SECONDS
+            log.warning("A key could not be looked up: the database is away")
+            raise
         finally:
             close_old_connections()
 
@@ -392,9 +404,8 @@ class Runtime:
 
     async def _load_key(self, digests: Sequence[bytes]) -> Principal | None:
         try:
-            return await sync_to_async(self._load_and_count, thread_sensitive=False)(digests)
+            return await sync_to_async(self._load_and_count, thread_sensitive=False, executor=self._looking_up)(digests)
         except (DatabaseError, InterfaceError):
-            log.warning("A key could not be looked up: the database is away")
             raise Unavailable("The gateway cannot check this key just now.", code="database_unavailable", retry_after_seconds=2) from None
 
 

@@ -14,8 +14,9 @@ from project.runtime import Runtime
 from providers.adapter import Target
 from providers.failures import CredentialRefused, OutOfCredit
 from providers.secrets import SecretText
-from proxy import ledger
+from proxy import ledger, snapshot
 from proxy.catalog import Catalog, Upstream
+from proxy.errors import Unavailable
 from proxy.journal import Journal
 from proxy.ledger import Ledger
 from proxy.stores.limits import Hold
@@ -108,6 +109,30 @@ def test_a_pool_that_rests_in_memory_is_mailed_to_operators(runtime):
     runtime._look()
     runtime._look()
     assert [one.subject for one in mail.outbox] == ["[Sluice] All accounts of house rest"]
+
+
+def test_unknown_keys_hold_up_no_names_while_the_database_is_away(runtime, monkeypatch):
+    """Whoever has no key can ask for as many as he likes; a look-up of a name is what a known key's call may need to get out."""
+    let_go, asked = threading.Event(), []
+
+    def hangs(digests):
+        asked.append(digests)
+        let_go.wait(10)
+        raise OperationalError("the connection attempt timed out")
+
+    monkeypatch.setattr(snapshot, "load_key", hangs)
+
+    async def ask() -> list[BaseException | Principal | None]:
+        strangers = asyncio.gather(*(runtime._load_key([b"%d" % number]) for number in range(100)), return_exceptions=True)
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(2):
+            await asyncio.get_running_loop().getaddrinfo("localhost", 80)
+        let_go.set()
+        return await strangers
+
+    answers = asyncio.run_coroutine_threadsafe(ask(), runtime._loop).result(20)
+    assert all(isinstance(one, Unavailable) for one in answers)
+    assert len(asked) <= 8  # the others heard at once that it is away
 
 
 def test_what_is_missing_is_named(runtime):
