@@ -245,11 +245,13 @@ def _row(record: Settled, vendor: str) -> Row:
 
 def spent_in(budgets: Iterable[Budget], now: float) -> dict[tuple[Budget, float], int]:
     """Micro-dollars that the totals hold for the current window of each budget."""
-    spent: dict[tuple[Budget, float], int] = {}
+    by_start: dict[float, list[Budget]] = {}
     for budget in budgets:
-        scope, window, time_zone = budget
-        start = window_start(window, time_zone, now)
-        spent[(budget, start)] = totals.spent_since(datetime.fromtimestamp(start, UTC), **totals.scope_of(scope))
+        by_start.setdefault(window_start(budget[1], budget[2], now), []).append(budget)
+    spent: dict[tuple[Budget, float], int] = {}
+    for start, some in by_start.items():
+        found = totals.spent_of((scope for scope, _, _ in some), datetime.fromtimestamp(start, UTC))
+        spent |= {(budget, start): found[budget[0]] for budget in some}
     return spent
 
 

@@ -12,7 +12,7 @@ Rows and sums are written in one transaction, so that whoever dies in between le
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from functools import lru_cache
@@ -104,15 +104,41 @@ def midnight_of(moment: datetime) -> datetime:
     return datetime.combine(moment.astimezone(UTC).date(), time(), UTC)
 
 
-def spent_since(start: datetime, **scope: int) -> int:
-    """Micro-dollars of a scope (`key_id=5`) since the start of a quarter of an hour: whole days, and the end before the first of them.
+_COLUMNS = {"organization": ("organization_id",), "team": ("team_id",), "user": ("user_id", "organization_id"), "key": ("key_id",)}
+_AT_ONCE = 1000  # scopes in one statement
+
+
+def spent_of(scopes: Iterable[str], start: datetime) -> dict[str, int]:
+    """Micro-dollars of each of these, such as `key:4` or `user:3@1`, since the start of a quarter of an hour: whole days, and the end
+    before the first of them. There may be thousands, and while they are counted nobody who has a budget is served.
 
     A row that is stored meanwhile is in both readings or in neither: each row lies in one of the two parts."""
-    first = first_whole_day(start)
-    spent: int = KeyDay.objects.filter(day__gte=first.date(), **scope).aggregate(sum=Sum("cost"))["sum"] or 0
-    if start < first:
-        spent += KeyTotal.objects.filter(slot__gte=start, slot__lt=first, **scope).aggregate(sum=Sum("cost"))["sum"] or 0
+    spent = dict.fromkeys(scopes, 0)
+    for kind, columns in _COLUMNS.items():
+        named = {_ids_in(scope): scope for scope in spent if scope.startswith(f"{kind}:")}
+        ids = list(named)
+        for some in (ids[at : at + _AT_ONCE] for at in range(0, len(ids), _AT_ONCE)):
+            for of, cost in _spent_by(columns, set(some), start):
+                spent[named[of]] += cost
     return spent
+
+
+def _ids_in(scope: str) -> tuple[int, ...]:
+    return tuple(map(int, scope.partition(":")[2].split("@")))
+
+
+def _spent_by(columns: tuple[str, ...], ids: Collection[tuple[int, ...]], start: datetime) -> Iterator[tuple[tuple[int, ...], int]]:
+    first = first_whole_day(start)
+    wanted = {f"{column}__in": sorted({one[place] for one in ids}) for place, column in enumerate(columns)}
+    if "team_id" in columns:
+        wanted["team_id__gt"] = 0  # type: ignore[assignment]  # or Postgres does not see that its index has them all
+    parts: list[models.QuerySet[Any]] = [KeyDay.objects.filter(day__gte=first.date(), **wanted)]
+    if start < first:
+        parts.append(KeyTotal.objects.filter(slot__gte=start, slot__lt=first, **wanted))
+    for rows in parts:
+        for *of, cost in rows.order_by().values_list(*columns).annotate(sum=Sum("cost")):
+            if tuple(of) in ids:
+                yield tuple(of), cost or 0
 
 
 # Worked out anew
@@ -276,15 +302,6 @@ def stored_moment(milliseconds: int, vendor: str) -> str:
 @lru_cache(maxsize=64)
 def _stored_day(number: int) -> str:
     return (date(1970, 1, 1) + timedelta(days=number)).isoformat()
-
-
-def scope_of(budget_scope: str) -> dict[str, int]:
-    """`user:3@1` and its like as conditions on a table of sums."""
-    kind, _, number = budget_scope.partition(":")
-    if kind == "user":
-        user, _, organization = number.partition("@")
-        return {"user_id": int(user), "organization_id": int(organization)}
-    return {f"{kind}_id": int(number)}
 
 
 def any_of(conditions: Iterable[Q]) -> Q:

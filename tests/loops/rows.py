@@ -259,8 +259,7 @@ def questions() -> dict[str, Callable[[], Any]]:
         ],
         "budgets: mails": lambda: budget_mails.send_due(now),
         "budgets: at the start, all": lambda: [
-            totals.spent_since(start, **totals.scope_of(scope))
-            for scope in ("organization:1", "key:1", "user:1@1", "team:1")
+            totals.spent_of(("organization:1", "key:1", "user:1@1", "team:1"), start)
             for start in (
                 now.replace(hour=18, minute=15, second=0, microsecond=0) - timedelta(days=30),
                 totals.first_whole_day(now - timedelta(days=21)),

@@ -13,6 +13,7 @@ from proxy.call import milliseconds_of, new_request_id
 from proxy.journal import Admitted, Journal, Settled
 from proxy.models import RefusedCalls, UsageEvent, UsageTotal
 from proxy.refusals import Refusals
+from proxy.stores.limits import window_start
 
 pytestmark = pytest.mark.django_db
 
@@ -255,7 +256,22 @@ def test_what_was_spent_is_read_from_the_totals_by_scope_and_window():
         ("team:9", "week", "UTC"),
     ]
     spent = ledger.spent_in(budgets, now.timestamp())
-    assert [spent[key] for key in spent] == [5, 16, 12, 23, 7]
+    assert [spent[budget, window_start(*budget[1:], now.timestamp())] for budget in budgets] == [5, 16, 12, 23, 7]
+
+
+def test_what_thousands_have_spent_is_read_in_a_few_statements(django_assert_max_num_queries):
+    now = datetime(2026, 3, 11, 12, tzinfo=UTC)
+    store(
+        *(settled(at_id(now), key=number, user=number, cost=number) for number in range(1, 30)),
+        settled(at_id(now), key=31, organization=2, user=5),
+    )
+    scopes = [f"{kind}{number}{of}" for kind, of in (("key:", ""), ("user:", "@1")) for number in range(1, 1500)]
+    with django_assert_max_num_queries(8):
+        spent = ledger.spent_in([(scope, "day", "Asia/Kathmandu") for scope in scopes], now.timestamp())
+    assert {budget[0]: cost for (budget, _), cost in spent.items() if cost} == {
+        f"{kind}{number}{of}": number for kind, of in (("key:", ""), ("user:", "@1")) for number in range(1, 30)
+    } | {"key:31": 7}
+    assert len(spent) == len(scopes)
 
 
 def test_an_adoption_that_fails_is_tried_again_by_the_same_process(tmp_path, monkeypatch):

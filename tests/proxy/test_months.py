@@ -116,7 +116,7 @@ def test_a_row_that_comes_after_its_month_went_is_in_the_sums_and_goes_too():
     months.forget(30, NOW)
     assert not UsageEvent.objects.exists()
     store(settled(at_id(NOW - timedelta(days=200)), cost=1))  # a journal that was found in a drawer
-    assert totals.spent_since(datetime(1970, 1, 1, tzinfo=UTC), key_id=1) == 10
+    assert totals.spent_of(["key:1"], datetime(1970, 1, 1, tzinfo=UTC)) == {"key:1": 10}
 
     months.forget(30, NOW)
 

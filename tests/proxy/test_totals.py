@@ -145,9 +145,16 @@ def test_a13_a_shipper_that_dies_between_rows_and_sums_leaves_neither(mixed, mon
 def test_what_was_spent_is_the_same_whether_a_window_begins_at_midnight_or_not(mixed):
     for minutes in range(0, 3000, 15):
         start = datetime(2026, 3, 11, tzinfo=UTC) + timedelta(minutes=minutes)
-        for scope in ({"key_id": 1}, {"key_id": 2}, {"organization_id": 1}, {"team_id": 9}, {"user_id": 1, "organization_id": 1}):
-            quarters = sum(UsageTotal.objects.filter(slot__gte=start, **scope).values_list("cost", flat=True))
-            assert totals.spent_since(start, **scope) == quarters
+        scopes = {
+            "key:1": {"key_id": 1},
+            "key:2": {"key_id": 2},
+            "organization:1": {"organization_id": 1},
+            "team:9": {"team_id": 9},
+            "user:1@1": {"user_id": 1, "organization_id": 1},
+        }
+        assert totals.spent_of(scopes, start) == {
+            name: sum(UsageTotal.objects.filter(slot__gte=start, **scope).values_list("cost", flat=True)) for name, scope in scopes.items()
+        }
 
 
 def test_what_is_added_costs_four_statements_however_many_rows(django_assert_max_num_queries):
