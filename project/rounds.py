@@ -19,7 +19,7 @@ from proxy.ledger import Ledger
 from proxy.patience import patient
 from proxy.stores.limits import Budget
 from proxy.stores.link import Away
-from proxy.stores.redis import MOST_ROUND_SECONDS, RedisLimits
+from proxy.stores.redis import MOST_LOAD_SECONDS, MOST_ROUND_SECONDS, RedisLimits
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Rounds(threading.Thread):
 
     def _see_it_through(self, number: int, epoch: bytes, budgets: list[Budget]) -> None:
         limits = self._limits
-        deadline = time.monotonic() + 2 * MOST_ROUND_SECONDS
+        deadline = time.monotonic() + MOST_ROUND_SECONDS + 2 * MOST_LOAD_SECONDS
         is_first = True
         while time.monotonic() < deadline and not self._ending:
             goes_on, loads = self._do(limits.acknowledge(number, epoch, shipped=True))

@@ -246,7 +246,8 @@ return {loaded, s[3] == 'open' and s[4] or ''}
 """
 )
 
-# ARGV: epoch, round, lease, has shipped (1 or 0), seconds to gather, seconds to wait. Gives {open, you load}.
+# ARGV: epoch, round, lease, has shipped (1 or 0), seconds to gather, seconds to wait; of a lease, of silence after which another
+# loads, and at most to load. Gives {open, you load}.
 ACK = (
     _BEGIN
     + """
@@ -266,8 +267,12 @@ if not ready and (s[5] == '0' or age >= tonumber(ARGV[5])) then
   end
 end
 if not ready then return {1, 0} end
--- One of them loads; when it does not come to an end, another does.
-if s[6] and s[6] ~= ARGV[3] and now - tonumber(s[7]) < 5000000 then return {1, 0} end
+-- One of them loads. When it is not heard of any more, or does not come to an end, another does; but who reads for long is let read.
+if s[6] and s[6] ~= ARGV[3] then
+  local since, ends = (now - tonumber(s[7])) / 1000000, call('ZSCORE', base .. 'workers', s[6])
+  local silent = not ends or tonumber(ends) < now / 1000000 + tonumber(ARGV[7]) - tonumber(ARGV[8])
+  if since < tonumber(silent and ARGV[8] or ARGV[9]) then return {1, 0} end
+end
 call('HSET', KEYS[1], 'loader', ARGV[3], 'loads', string.format('%.0f', now))
 return {1, 1}
 """

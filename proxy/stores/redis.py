@@ -42,6 +42,8 @@ LEASE_SECONDS = 15.0  # open requests of a worker that has not been heard of for
 BEAT_SECONDS = 1.0
 GATHER_SECONDS = 2.0  # after a flush nobody knows who lives: so long everybody has to make itself known
 MOST_ROUND_SECONDS = 16.0  # longer than a lease, so that only a dead worker is left behind
+LOADER_SECONDS = 5.0  # the one that reads the totals has not been heard of for so long: another does
+MOST_LOAD_SECONDS = 30.0
 LOADING_SECONDS = 0.15
 MOST_QUEUED = 50_000  # half a kilobyte each
 QUARTER = 900
@@ -431,8 +433,8 @@ class RedisLimits:
 
     async def acknowledge(self, number: int, epoch: bytes, *, shipped: bool) -> tuple[bool, bool]:
         """Whether the round goes on, and whether it is this worker that shall load the totals. Raises Away."""
-        answer = await self._call(lua.ACK, epoch, number, self.lease, 1 if shipped else 0, GATHER_SECONDS, MOST_ROUND_SECONDS)
-        goes_on, loads = answer
+        patience = GATHER_SECONDS, MOST_ROUND_SECONDS, LEASE_SECONDS, LOADER_SECONDS, MOST_LOAD_SECONDS
+        goes_on, loads = await self._call(lua.ACK, epoch, number, self.lease, 1 if shipped else 0, *patience)
         return bool(goes_on), bool(loads)
 
     async def loaded(self, number: int, epoch: bytes, spent: Mapping[tuple[Budget, float], int]) -> None:

@@ -338,6 +338,26 @@ async def test_what_was_spent_before_a_budget_existed_counts_exactly_once():
         assert await admitted(two[1], hold("a", BUDGET, money=21), hold("b", BUDGET, money=20)) == 1
 
 
+async def test_who_reads_the_totals_for_long_is_let_read_and_who_is_gone_is_not_waited_for(monkeypatch):
+    """Else no reading that takes longer than that would ever come to its end: the next who begins makes the one before worthless."""
+    monkeypatch.setattr(store, "LOADER_SECONDS", 0.2)
+    async with workers(2) as two:
+        await two[0].begin([budget_of(BUDGET)], anew=False)
+        for one in two.all:
+            await one.beat()
+            assert await one.enter(one.last.number, one.last.epoch, lambda: (1, 0)) is not None
+        number, epoch = two[0].last.number, two[0].last.epoch
+        assert await two[1].acknowledge(number, epoch, shipped=True) == (True, False)
+        assert await two[0].acknowledge(number, epoch, shipped=True) == (True, True)
+        for _ in range(8):
+            await asyncio.sleep(0.05)
+            await two[0].beat()
+            assert await two[1].acknowledge(number, epoch, shipped=True) == (True, False)
+        two[0]._is_closed = True  # it is not heard of any more
+        await asyncio.sleep(0.25)
+        assert await two[1].acknowledge(number, epoch, shipped=True) == (True, True)
+
+
 async def test_after_a_flush_nothing_old_is_believed_and_live_holds_come_back():
     with server() as own:
         async with workers(2, BUDGET, url=own.url, name="sluice") as two:
