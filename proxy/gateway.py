@@ -54,7 +54,7 @@ from proxy.pipeline.admit import admit
 from proxy.pipeline.authenticate import Loader, authenticate, check_not_frozen
 from proxy.pipeline.meter import meter
 from proxy.pipeline.respond import Reply, Wait
-from proxy.pipeline.route import route, visible_models
+from proxy.pipeline.route import Routed, route, visible_models
 from proxy.refusals import Refusals
 from proxy.stores.health import Health
 from proxy.stores.limits import LimitStore
@@ -122,6 +122,7 @@ class Gateway:
         headers = incoming.headers
         reply = Reply(send, incoming.id, cors_headers(headers, self.site), line=incoming.line, seed_errors=incoming.seed_errors)
         principal: Principal | None = None
+        routed: Routed | None = None
         try:
             if not host_is_allowed(headers, self.site):
                 raise InvalidRequest("This host name is not served here: see ALLOWED_HOSTS.", code="invalid_host")
@@ -155,6 +156,8 @@ class Gateway:
         except ClientClosed:
             return None
         except ApiError as problem:
+            if routed is not None:
+                self.health.was_not_called(routed.targets[0])
             code = problem.code or problem.type
             self.refusals.count(principal, problem.status, code)
             self.metrics.refuse(problem.status, code)

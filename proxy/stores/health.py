@@ -131,6 +131,12 @@ class Health:
         """The first attempt of a request. One with the caller's own key counts as any other: the same upstream bears it."""
         self._attempts_at(target).first += 1
 
+    def was_not_called(self, target: Target) -> None:
+        """The first of an order, after all. If that call was to find out how an ejected account fares, the next one is."""
+        rest = self._rests.get((target.credential_id, ALL_MODELS))
+        if rest is not None and rest.reason == PROBING:
+            self._rests[(target.credential_id, ALL_MODELS)] = Rest(self._clock(), False, PROBING)
+
     def may_try_again(self, target: Target) -> bool:
         """Whether another attempt may go to this target after an upstream's own failure; then it is counted."""
         attempts = self._attempts_at(target)

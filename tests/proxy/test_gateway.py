@@ -15,9 +15,10 @@ from msgspec import structs
 
 from accounts.principal import Limit, Principal, digest, mint
 from providers import registry
+from providers.adapter import Target
 from providers.adapters.openai import OpenAI
 from providers.clock import Timeouts
-from providers.failures import OptionRefused
+from providers.failures import OptionRefused, UpstreamServer
 from providers.over_httpx import OverHttpx
 from providers.price import Price, PriceBook
 from providers.secrets import SecretText
@@ -368,6 +369,20 @@ async def test_what_is_refused_before_admission_leaves_no_row_and_no_hold(tmp_pa
         (1, "model_not_found"): 1,
         (1, "rate_limit_exceeded"): 1,
     }
+
+
+async def test_a_refused_call_does_not_use_up_the_trial_of_an_ejected_account(tmp_path):
+    """Else those who are over their limits keep it out: each refusal would cost it half a minute."""
+    house = House(tmp_path, lambda request: whole(), pool=2, limits=(Limit("key:1", "concurrency", 1),))
+    health = Health(ejection_seconds=0)
+    house.gateway = replace(house.gateway, health=health)
+    for _ in range(5):
+        health.failed(Target("openai", 1, "u0", "https://up/v1", SecretText("s"), "gpt", "a/gpt"), UpstreamServer("It fell over."), [1, 2])
+    house.limits._open["key:1"] = 1
+    assert [(await house.call()).status for _ in range(3)] == [429, 429, 429]
+    del house.limits._open["key:1"]
+    assert (await house.call()).status == 200
+    assert [request.headers["authorization"] for request in house.sent] == ["Bearer secret-0"]
 
 
 async def test_no_record_no_call(tmp_path, monkeypatch):
