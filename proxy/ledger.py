@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 from django.db import connection, transaction
 
 from accounts.models import ApiKey
@@ -165,8 +166,14 @@ def adopt(folder: Path, again: Again | None = None) -> int | None:
 
 
 def adopt_all(root: Path, again: Again | None = None) -> int:
-    """Adopt whatever dead workers left."""
-    return sum(adopt(folder, again) or 0 for folder in journal.folders(root))
+    """Adopt whatever dead workers left. A journal that cannot be read stays where it is, and keeps none of the others waiting."""
+    adopted = 0
+    for folder in journal.folders(root):
+        try:
+            adopted += adopt(folder, again) or 0
+        except (OSError, msgspec.MsgspecError) as problem:  # it is another's file, or of a version that writes otherwise
+            log.error("The journal %s cannot be adopted: %s", folder, problem)
+    return adopted
 
 
 # One settlement for the limits: the hold it ends, tokens, micro-dollars, and whether the totals did not have it before.

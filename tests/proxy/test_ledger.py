@@ -2,6 +2,7 @@
 
 import random
 import uuid
+import zlib
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -272,6 +273,21 @@ def test_what_thousands_have_spent_is_read_in_a_few_statements(django_assert_max
         f"{kind}{number}{of}": number for kind, of in (("key:", ""), ("user:", "@1")) for number in range(1, 30)
     } | {"key:31": 7}
     assert len(spent) == len(scopes)
+
+
+def test_a_journal_that_cannot_be_adopted_keeps_no_other_waiting(tmp_path, caplog):
+    journals = [Journal(tmp_path) for _ in range(3)]
+    first, second, third = sorted(journals, key=lambda one: one.folder)
+    first._append(journal.HEAD.pack(13, zlib.crc32(b'{"t":"other"}')) + b'{"t":"other"}')  # of a later version
+    second.folder.joinpath("lock").unlink()
+    second.folder.joinpath("lock").mkdir()  # stands for one that belongs to somebody else
+    third.settled(settled())
+    for one in journals:
+        one.close()
+
+    assert ledger.adopt_all(tmp_path) == 1
+    assert journal.folders(tmp_path) == [first.folder, second.folder]
+    assert {str(first.folder), str(second.folder)} <= set(caplog.text.split())
 
 
 def test_an_adoption_that_fails_is_tried_again_by_the_same_process(tmp_path, monkeypatch):
