@@ -23,6 +23,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 from msgspec import Struct, structs
@@ -45,6 +46,7 @@ MOST_ROUND_SECONDS = 16.0  # longer than a lease, so that only a dead worker is 
 LOADER_SECONDS = 5.0  # the one that reads the totals has not been heard of for so long: another does
 MOST_LOAD_SECONDS = 30.0
 LOADING_SECONDS = 0.15
+ADOPTED_AT_ONCE = 500
 MOST_QUEUED = 50_000  # half a kilobyte each
 QUARTER = 900
 NAMES = {"rpm": b"r", "tpm": b"t", "concurrency": b"c", "money": b"m"}
@@ -473,22 +475,21 @@ class RedisLimits:
 
         Gives the requests that Redis still holds for it. Raises Away: then it has to be tried again."""
         epoch, name = self.epoch, worker.encode()
-        answers = [
-            self.link.ask(
-                self._settlement(
-                    epoch,
-                    name,
-                    hold.request_id,
-                    tokens,
-                    b"-" if money is None else b"%d" % money,
-                    b"2" if is_new else b"0",
-                    self._counters(hold, self._tracked),
-                )
+        commands = (
+            self._settlement(
+                epoch,
+                name,
+                hold.request_id,
+                tokens,
+                b"-" if money is None else b"%d" % money,
+                b"2" if is_new else b"0",
+                self._counters(hold, self._tracked),
             )
             for hold, tokens, money, is_new in settled
-        ]
-        for answer in answers:
-            await answer
+        )
+        # There may be tens of thousands: all at once they would keep everybody waiting, and then be given up as unanswered.
+        while some := list(islice(commands, ADOPTED_AT_ONCE)):
+            await asyncio.gather(*map(self.link.ask, some))
         left = await self._call(lua.BURY, epoch, name)
         return [request.decode() for request in left]
 

@@ -463,6 +463,21 @@ async def test_settlements_wait_for_redis_and_keep_their_order():
             assert await admitted(one[0], hold("c", BUDGET, money=81), hold("d", BUDGET, money=80)) == 1
 
 
+async def test_a_long_journal_is_adopted_without_keeping_others_waiting():
+    settled = [(hold(f"r{number}", money=0), 1, 1, True) for number in range(10_000)]
+    async with workers(1, BUDGET) as one:
+        adopting = asyncio.create_task(one[0].adopt("dead", settled))
+        asked = most = 0
+        while not adopting.done():
+            most = max(most, len(one[0].link._waiting))
+            asked += await admitted(one[0], hold(f"a{asked}", Limit("key:2", "rpm", 1_000_000)))
+        assert await adopting == []
+        assert asked > 10
+        assert most < 1000
+        with pytest.raises(OverBudget):
+            await one[0].reserve(hold("b", BUDGET, money=1))
+
+
 async def test_what_a_dead_worker_held_is_settled_by_its_adopter():
     async with workers(2, BUDGET) as two:
         for name, money in (("a", 40), ("b", 30), ("c", 20)):
