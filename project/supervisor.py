@@ -89,13 +89,24 @@ class Supervisor:
 
     # Workers
 
-    def _spawn(self) -> Worker:
-        reads, writes = os.pipe()
+    def _spawn(self) -> Worker | None:
+        """None when the system gives no process now, or the program is just being replaced: the others must not end for that."""
+        try:
+            reads, writes = os.pipe()
+        except OSError as problem:
+            log.error("No worker can be started: %s", problem)
+            return None
         fds = {"--fd": self.listener.fileno(), "--ready-fd": writes, "--life-fd": self._life}
         words = [word for name, number in fds.items() for word in (name, str(number))]
-        # In a group of its own: an interrupt from the terminal comes to this process alone, which hands it on.
-        process = subprocess.Popen([*self.command, *words], pass_fds=tuple(fds.values()), process_group=0)  # noqa: S603 ourselves
-        os.close(writes)
+        try:
+            # In a group of its own: an interrupt from the terminal comes to this process alone, which hands it on.
+            process = subprocess.Popen([*self.command, *words], pass_fds=tuple(fds.values()), process_group=0)  # noqa: S603 ourselves
+        except OSError as problem:
+            log.error("No worker can be started: %s", problem)
+            os.close(reads)
+            return None
+        finally:
+            os.close(writes)
         return Worker(process, reads, time.monotonic())
 
     def _look_after_all(self) -> bool:
@@ -104,6 +115,10 @@ class Supervisor:
         for place in self.places:
             if place.worker is None and now >= place.start_at:
                 place.worker = self._spawn()
+                if place.worker is None and not self._has_started:
+                    return False
+                if place.worker is None:
+                    self._put_off(place, now)
             elif place.worker is not None and place.worker.has_ended():
                 if not self._has_started and not place.worker.is_ready:
                     return False
@@ -120,7 +135,11 @@ class Supervisor:
         log.error(
             "Worker %d ended with status %s; another starts in %g s", worker.process.pid, worker.process.returncode, place.pause_seconds
         )
-        place.worker, place.start_at = None, now + place.pause_seconds
+        place.worker = None
+        self._put_off(place, now)
+
+    def _put_off(self, place: Place, now: float) -> None:
+        place.start_at = now + place.pause_seconds
         place.pause_seconds = min(2 * place.pause_seconds, LONGEST_PAUSE_SECONDS)
 
     def _is_gone(self, worker: Worker, now: float) -> bool:
@@ -140,6 +159,9 @@ class Supervisor:
         new = place.successor
         if new is None:
             place.successor = self._spawn()
+            if place.successor is None:
+                log.error("The new worker did not start: the old ones stay")
+                self._to_replace.clear()
         elif new.is_ready:
             if place.worker is not None:
                 place.worker.tell(signal.SIGTERM)

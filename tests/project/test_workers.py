@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
 import ssl
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ import httpx
 import pytest
 import redis
 
+from project.supervisor import Place, Supervisor, bind
 from proxy.stores.news import usage_channel_of
 from tests.conftest import postgres_database
 from tests.loops import hold_leak
@@ -194,6 +198,44 @@ def test_a_worker_that_dies_is_replaced_and_what_it_held_is_free_again(two, upst
     eventually(two.is_ready, "not ready", seconds=30)
     eventually(lambda: ask(two, key).status_code == 200, "the place is not free", seconds=30)
     assert any(row["error"] == "interrupted" for row in two.usage())
+
+
+def test_a_system_that_gives_no_process_ends_none_of_the_others(monkeypatch):
+    """It may be short of memory, which is why a worker died, or its program is just being replaced."""
+    listener = bind("127.0.0.1", 0)
+    one = Supervisor(listener, 2, [sys.executable, "-c", "import time; time.sleep(60)"], 5)
+    one.places = [Place(), Place()]
+    one._life, keeps_alive = os.pipe()
+    try:
+        assert one._look_after_all()
+        one._has_started = True
+        first, second = (place.worker for place in one.places)
+        first.process.kill()
+        first.process.wait()
+        open_files = len(os.listdir("/proc/self/fd"))
+
+        def no_process(*given: object, **options: object) -> None:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "Popen", no_process)
+            assert one._look_after_all()
+            one.places[0].start_at = 0.0
+            assert one._look_after_all()
+            one._to_replace = [one.places[1]]
+            assert one._look_after_all()
+        assert (one.places[0].worker, one.places[1].worker, one._to_replace) == (None, second, [])
+        assert len(os.listdir("/proc/self/fd")) == open_files - 1
+        one.places[0].start_at = 0.0
+        assert one._look_after_all()
+        assert one.places[0].worker is not None
+    finally:
+        for worker in one._all():
+            worker.process.kill()
+            worker.process.wait()
+        for descriptor in (one._life, keeps_alive, *(worker.says_ready for worker in one._all())):
+            os.close(descriptor)
+        listener.close()
 
 
 # What they know of each other
