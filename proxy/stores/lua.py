@@ -7,7 +7,7 @@ one call touches one slot.
     EPOCH:holds:WORKER         hash: request -> what it took
     EPOCH:open:SCOPE           hash: lease -> open requests
     EPOCH:money:BUDGET         hash: t = loaded; s and h + START = spent and held in the window that began then
-    EPOCH:done:REQUEST         settled without a hold
+    EPOCH:done:REQUEST         settled without a hold, or with one that was taken back: neither is to be done again
     EPOCH:joined               set: workers
     EPOCH:acks:ROUND           set: leases
 
@@ -51,8 +51,11 @@ local epoch = call('HGET', KEYS[1], 'id')
 if epoch ~= ARGV[1] then return {2} end
 local mine = base .. epoch .. ':'
 local holds = mine .. 'holds:' .. ARGV[3]
-if call('HEXISTS', holds, ARGV[4]) == 1 then return {1, '', -1, -1, -1, -1, -1, -1} end
-local now, tokens, money, asks = clock(), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7] == '1'
+local asks = ARGV[7] == '1'
+if call('HEXISTS', holds, ARGV[4]) == 1 or not asks and call('EXISTS', mine .. 'done:' .. ARGV[4]) == 1 then
+  return {1, '', -1, -1, -1, -1, -1, -1}
+end
+local now, tokens, money = clock(), tonumber(ARGV[5]), tonumber(ARGV[6])
 local seconds = now / 1000000
 local taken, shadowed, room, ats = {}, '', {r = {-1, -1, -1}, t = {-1, -1, -1}}, {}
 for i = 8, #ARGV, 5 do
@@ -124,7 +127,7 @@ for g = 1, #taken do
     end
   end
 end
-call('HSET', holds, ARGV[4], cmsgpack.pack({ARGV[2], ARGV[6], taken}))
+call('HSET', holds, ARGV[4], cmsgpack.pack({ARGV[2], ARGV[6], taken, not asks}))
 call('EXPIRE', holds, 172800)
 local r, t = room.r, room.t
 return {1, shadowed, r[1], r[2], r[3], t[1], t[2], t[3]}
@@ -146,6 +149,8 @@ for i = 7, #ARGV, 2 do counters[ARGV[i]] = ARGV[i + 1] end
 if packed then
   call('HDEL', holds, ARGV[3])
   local hold = cmsgpack.unpack(packed)
+  -- After a lost connection both are said again, and the taking back would make the settlement count twice.
+  if hold[4] and ARGV[4] ~= '-' then call('SET', mine .. 'done:' .. ARGV[3], '1', 'EX', 86400) end
   local held, now = hold[2], nil
   if money == '-' then money = held end
   for _, gate in ipairs(hold[3]) do

@@ -463,6 +463,34 @@ async def test_settlements_wait_for_redis_and_keep_their_order():
             assert await admitted(one[0], hold("c", BUDGET, money=81), hold("d", BUDGET, money=80)) == 1
 
 
+@pytest.mark.parametrize("why", ["a new epoch", "a lapsed lease"])
+async def test_what_was_taken_back_and_settled_counts_once_although_it_is_said_again(why):
+    """Redis does both, and the connection is lost before it can say so: whatever was told goes out once more."""
+    async with workers(1, BUDGET) as one:
+        mine, heard = one[0], one[0].link.data_received
+        await mine.reserve(hold("a", BUDGET, money=40))
+        if why == "a new epoch":
+            post, mine._post = mine._post, lambda taken: None
+            await one.agree(BUDGET)
+            mine._post = post
+        for turn in range(2):  # a second time what was taken back is taken back again
+            mine.link.data_received = lambda data: None
+            if why == "a new epoch":
+                mine._post(mine._taken["a"])
+            else:
+                mine._take_again()
+                mine._take_again()
+            if turn:
+                mine.settle("a", 0, 30)
+            await asyncio.sleep(0.1)
+            mine.link.data_received = heard
+            mine.link._drop()
+            await asyncio.sleep(0.01)
+            assert await mine.is_connected(5)
+            await quiet(one)
+        assert await admitted(mine, hold("b", BUDGET, money=71), hold("c", BUDGET, money=70)) == 1
+
+
 async def test_a_long_journal_is_adopted_without_keeping_others_waiting():
     settled = [(hold(f"r{number}", money=0), 1, 1, True) for number in range(10_000)]
     async with workers(1, BUDGET) as one:
