@@ -170,7 +170,8 @@ if packed then
         local left = call('HINCRBY', mine .. 'money:' .. key, 'h' .. gate[3], '-' .. held)
         if left <= 0 then call('HDEL', mine .. 'money:' .. key, 'h' .. gate[3]) end
       end
-      counters[key] = gate[3]
+      -- Of a budget that is only being loaded, whoever does not count it yet has this before the position up to which it ships.
+      if not counters[key] and call('HEXISTS', mine .. 'money:' .. key, 't') == 1 then counters[key] = gate[3] end
     end
   end
 else

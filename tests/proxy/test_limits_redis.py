@@ -338,6 +338,23 @@ async def test_what_was_spent_before_a_budget_existed_counts_exactly_once():
         assert await admitted(two[1], hold("a", BUDGET, money=21), hold("b", BUDGET, money=20)) == 1
 
 
+async def test_what_settles_while_a_budget_is_being_loaded_counts_once():
+    counted = Limit("key:1", "money", 100, window="total", enforce=False)
+    async with workers(2) as two:
+        await two[0].begin([budget_of(BUDGET)], anew=False)
+        await two[1].reserve(hold("a", counted, money=40))
+        two[1].settle("a", 0, 30)  # before it takes part, so that it ships this before the totals are read
+        await quiet(two)
+        two.totals[budget_of(BUDGET)] = 30
+        for one in two.all:
+            assert await one.enter(one.last.number, one.last.epoch, lambda: (1, 0)) is not None
+        await two[1].acknowledge(two[1].last.number, two[1].last.epoch, shipped=True)
+        assert await two[0].acknowledge(two[0].last.number, two[0].last.epoch, shipped=True) == (True, True)
+        await two[0].loaded(two[0].last.number, two[0].last.epoch, two.spent([budget_of(BUDGET)]))
+        await quiet(two)
+        assert await admitted(two[1], hold("b", BUDGET, money=71), hold("c", BUDGET, money=70)) == 1
+
+
 async def test_who_reads_the_totals_for_long_is_let_read_and_who_is_gone_is_not_waited_for(monkeypatch):
     """Else no reading that takes longer than that would ever come to its end: the next who begins makes the one before worthless."""
     monkeypatch.setattr(store, "LOADER_SECONDS", 0.2)
