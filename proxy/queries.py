@@ -26,7 +26,6 @@ from proxy.stores.limits import window_start
 from proxy.totals import any_of, first_whole_day, midnight_of
 
 QUARTER = timedelta(minutes=15)
-DAY = timedelta(days=1)
 MONTH = timedelta(days=30)
 PAGE_ROWS = 50
 MOST_GROUPS = 1000
@@ -193,14 +192,15 @@ def zone_of(organization: Organization) -> ZoneInfo:
 
 
 def totals_by_key(organization: Organization, key_ids: Collection[int], now: datetime) -> dict[int, KeyTotals]:
-    """One query for all keys. A key that was not used is absent."""
+    """One query for all keys, over the same windows as on one key's page. A key that was not used is absent."""
     whose = _whose(organization, None, key_ids)
-    parts = [_cut(KeyTotal, whose, since=now - length, part=part) for part, length in (("day", DAY), ("month", MONTH))]
+    spans = (("day", SPANS["24h"]), ("month", SPANS["30d"]))
+    parts = [_cut(KeyTotal, whose, since=since_of(span, organization, now), part=part) for part, span in spans]
     found: dict[int, dict[str, Sums]] = {}
     for row in _summed([*parts[0], *parts[1]], "key_id", "part"):
-        spans = found.setdefault(row["key_id"], {"day": Sums(), "month": Sums()})
-        spans[row["part"]] += _sums(row, "all_")
-    return {key_id: KeyTotals(**spans) for key_id, spans in found.items()}
+        totals_of = found.setdefault(row["key_id"], {"day": Sums(), "month": Sums()})
+        totals_of[row["part"]] += _sums(row, "all_")
+    return {key_id: KeyTotals(**totals_of) for key_id, totals_of in found.items()}
 
 
 def totals(
@@ -288,7 +288,7 @@ def series(organization: Organization, key_id: int, span: Span, now: datetime) -
 
 
 def since_of(span: Span, organization: Organization, now: datetime) -> datetime:
-    """When a span begins: the same moment for the chart, the breakdown and the log below it."""
+    """When a span begins: the same moment for the list of keys, and for the chart, the breakdown and the log of one."""
     return starts_of(span, zone_of(organization), now)[0]
 
 

@@ -93,8 +93,8 @@ def _list(request: HttpRequest, place: Membership, form: KeyForm, status: int = 
     context = {
         "rows": [{"key": key, "state": state_of(key, roles), "used": used.get(key.pk, KeyTotals())} for key in shown],
         "older": shown[-1].pk if len(page) > KEYS_ON_A_PAGE else None,
-        "month": queries.totals(organization, since=now - queries.MONTH, user_id=_own_only(place)),
-        "day": queries.totals(organization, since=now - queries.DAY, user_id=_own_only(place)),
+        "month": queries.totals(organization, since=queries.since_of(SPANS["30d"], organization, now), user_id=_own_only(place)),
+        "day": queries.totals(organization, since=queries.since_of(SPANS["24h"], organization, now), user_id=_own_only(place)),
         "search": search,
         "is_first_page": not before,
         "may_issue": _may_issue(place),

@@ -70,6 +70,17 @@ def test_totals_end_where_their_window_does(people: People, key: ApiKey):
     assert (found.day.requests, found.month.requests) == (0, 1)
 
 
+def test_the_list_of_keys_and_one_keys_page_count_the_same_requests(people: People, key: ApiKey):
+    for back in (timedelta(minutes=5), timedelta(hours=23, minutes=50), timedelta(days=29, hours=23)):
+        used(key, NOW - back)
+
+    [listed] = queries.totals_by_key(people.acme, [key.pk], NOW).values()
+
+    for span, totals in (("24h", listed.day), ("30d", listed.month)):
+        shown = queries.series(people.acme, key.pk, queries.SPANS[span], NOW)
+        assert totals == sum((bucket.sums for bucket in shown), Sums()), span
+
+
 def test_another_organization_sees_none_of_it(people: People, key: ApiKey):
     used(key)
     since = timezone.now() - timedelta(hours=1)
