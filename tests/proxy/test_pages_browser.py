@@ -30,6 +30,7 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 PHONE = {"width": 390, "height": 844}
+TABLET = {"width": 800, "height": 1100}
 LONG = "x" * 60 + " <script>alert(1)</script> " + "y" * 60
 
 # Every breach of the content policy is kept where a test can read it.
@@ -317,6 +318,31 @@ def test_nothing_is_wider_than_a_phone(person: Person):
 
     assert wide == []
     assert scroll <= client == PHONE["width"]
+
+
+def test_on_a_tablet_no_column_is_out_of_reach(person: Person):
+    page = person.signs_in(viewport=TABLET)
+    out_of_reach = """() => [...document.querySelectorAll("main *")]
+        .filter((one) => one.scrollWidth > one.clientWidth && getComputedStyle(one).overflowX === "hidden")
+        .filter((one) => one.querySelector("table"))
+        .map((one) => one.outerHTML.slice(0, 120))"""
+
+    for path in pages_of(person, page):
+        page.goto(path)
+        assert page.evaluate(out_of_reach) == [], path
+
+
+def test_on_a_phone_a_long_name_ends_before_the_state_of_its_key(person: Person):
+    page = person.signs_in(viewport=PHONE)
+    person.makes_key(page, LONG)
+    page.goto("/keys/")
+
+    row = page.locator(".key-row").first
+    name, state = row.get_by_role("link").bounding_box(), row.locator(".badge").first.bounding_box()
+    assert name is not None
+    assert state is not None
+    assert name["x"] + name["width"] <= state["x"]
+    assert row.get_by_role("link").get_attribute("title") == LONG
 
 
 def test_every_page_is_without_complaint_and_says_what_it_is(person: Person):
