@@ -22,6 +22,8 @@ MOST_TAG_LENGTH = 50
 MOST_PATTERN_LENGTH = 200
 LONGEST_LIFE = timedelta(days=365 * 100)
 
+# Persian is not written without the one, nor a family of emoji without the other.
+_JOINERS = {ord(sign): None for sign in "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"}
 _IPV4_IN_IPV6 = ipaddress.IPv6Network("::ffff:0:0/96")
 
 
@@ -58,9 +60,10 @@ def clean(**values: Any) -> dict[str, Any]:
 
 def clean_name(name: str) -> str:
     name = name.strip()
-    if not name:
+    seen = name.translate(_JOINERS)
+    if not seen:
         raise ValidationError("Give it a name.")
-    if len(name) > 150 or not name.isprintable():
+    if len(name) > 150 or not seen.isprintable():
         raise ValidationError("A name has at most 150 printable characters.")
     return name
 

@@ -352,6 +352,23 @@ def test_renaming(people: People):
     assert key.name == "desk"
 
 
+@pytest.mark.parametrize("name", ["می‌خواهم", "👨‍💻 at home", "مفتاح 🦊"])
+def test_names_of_every_script_are_taken_as_they_are(people: People, name: str):
+    answer, _ = new_key(browser(people.bob), name=name)
+
+    assert answer.status_code == 200
+    assert ApiKey.objects.get().name == name
+    assert name in text(browser(people.bob).get("/keys/"))
+
+
+@pytest.mark.parametrize("name", ["\u200d", "x\u200b", "\u202egnp.exe"])
+def test_a_name_that_hides_something_is_refused(people: People, name: str):
+    answer, _ = new_key(browser(people.bob), name=name)
+
+    assert answer.status_code == 422
+    assert not ApiKey.objects.exists()
+
+
 # What a page says
 
 
