@@ -41,7 +41,7 @@ class OperatorSite(UnfoldAdminSite):
         if self.has_permission(request):
             return super().login(request, extra_context)
         if request.user.is_authenticated:
-            raise PermissionDenied
+            raise PermissionDenied("The admin is for the operators of this server. An organization’s keys are on its own pages.")
         wanted = request.GET.get("next", "")
         safe = url_has_allowed_host_and_scheme(wanted, allowed_hosts={request.get_host()}, require_https=request.is_secure())
         return redirect_to_login(wanted if safe else reverse("admin:index"))

@@ -60,8 +60,10 @@ def keys(request: HttpRequest) -> HttpResponse:
         return render(request, "keys/nowhere.html")
     if request.method != "POST":
         return _list(request, place, KeyForm(place, initial={"once": secrets.token_urlsafe(12)}))
+    if place.role == Role.VIEWER:
+        raise PermissionDenied("A viewer may look at keys, and make none. An owner or administrator of the organization can.")
     if not _may_issue(place):
-        raise PermissionDenied("A viewer may look at keys, and make none.")
+        raise PermissionDenied("The organization is switched off: no keys are made in it.")
     form = KeyForm(place, request.POST)
     if form.is_valid():
         if _already_sent(request, form.cleaned_data["once"]):
@@ -286,7 +288,7 @@ def _key(request: HttpRequest, key_id: int) -> tuple[Membership, ApiKey]:
 def _key_to_change(request: HttpRequest, key_id: int) -> tuple[Membership, ApiKey]:
     place, key = _key(request, key_id)
     if place.role == Role.VIEWER:
-        raise PermissionDenied("A viewer may look at keys, and change none.")
+        raise PermissionDenied("A viewer may look at keys, and change none. An owner or administrator of the organization can.")
     return place, key
 
 

@@ -206,6 +206,16 @@ def test_a_viewer_is_offered_nothing_and_may_do_nothing(people: People):
     assert list(ApiKey.objects.values_list("name", "revoked_at", "replaced_by")) == [("laptop", None, None)]
 
 
+def test_who_may_not_is_told_who_may(people: People):
+    key = people.key(people.bob)
+
+    assert "change none. An owner or administrator" in text(browser(people.vera).get(page(key, "revoke/")))
+    admin = browser(people.alice).get("/admin/", follow=True)  # she owns the organization, and is no operator
+    assert admin.status_code == 403
+    assert "for the operators of this server" in text(admin)
+    assert "administrator of the organization" not in text(admin)
+
+
 # A new key
 
 
