@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from decimal import Decimal
 from functools import lru_cache
 from typing import Protocol
 from zoneinfo import ZoneInfo
@@ -59,7 +60,10 @@ def over_open(limit: Limit) -> OverLimit:
 
 
 def over_budget(limit: Limit) -> OverBudget:
-    return OverBudget(f"This request could exceed the budget of {limit.amount / 1e6:g} USD per {limit.window}.")
+    dollars = format(Decimal(limit.amount) / 1_000_000, "f")
+    return OverBudget(
+        f"This request could exceed the budget of {dollars} USD {'in total' if limit.window == 'total' else f'per {limit.window}'}."
+    )
 
 
 @lru_cache(maxsize=4096)

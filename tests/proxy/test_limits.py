@@ -47,6 +47,23 @@ def test_so_many_requests_a_minute_and_then_a_wait_that_is_true():
     reserve(store, hold("r3", limit))
 
 
+@pytest.mark.parametrize(
+    ("amount", "window", "said"),
+    [
+        (25_000_000, "month", "25 USD per month."),
+        (12_500_000, "day", "12.5 USD per day."),
+        (1_234_567_890_000, "month", "1234567.89 USD per month."),
+        (20, "week", "0.00002 USD per week."),
+        (1_000_000, "total", "1 USD in total."),
+    ],
+)
+def test_a_budget_is_named_exactly_as_it_was_given(amount: int, window: str, said: str):
+    with pytest.raises(OverBudget) as refused:
+        reserve(MemoryLimits(Clock()), hold("r", Limit("key:1", "money", amount, window), money=amount + 1))
+
+    assert refused.value.message == f"This request could exceed the budget of {said}"
+
+
 def test_tokens_count_as_they_were_really_used():
     clock = Clock()
     store = MemoryLimits(clock)
