@@ -23,7 +23,7 @@ from django.views.decorators.http import require_http_methods, require_safe
 
 from accounts import actions
 from accounts import queries as accounts
-from accounts.models import ApiKey, Limit, Membership, Metric, Organization, Role, User
+from accounts.models import ApiKey, Limit, Membership, Metric, Mode, Organization, Role, User
 from proxy import queries
 from proxy.dash.forms import KeyForm, RenameForm, RotateForm
 from proxy.dash.snippets import example_model, snippets
@@ -146,7 +146,13 @@ def _limits(place: Membership, key: ApiKey, now: datetime) -> list[dict[str, Any
     visible = [limit for limit in limits if whole or limit.key_id or limit.user_id]
     budgets = {budget.limit.pk: budget for budget in queries.budgets(place.organization, visible, now)}
     return [
-        {"limit": limit, "whose": _whose(limit, place), "budget": budgets.get(limit.pk), "is_money": limit.metric == Metric.MONEY}
+        {
+            "limit": limit,
+            "whose": _whose(limit, place),
+            "budget": (budget := budgets.get(limit.pk)),
+            "is_money": limit.metric == Metric.MONEY,
+            "is_used_up": budget is not None and budget.share >= 1 and limit.mode == Mode.ENFORCE,
+        }
         for limit in limits
     ]
 

@@ -493,6 +493,30 @@ def test_a_key_that_does_not_work_says_why(people: People, what: str, said: str)
     assert "Use this key" not in text(answer)
 
 
+@pytest.mark.parametrize(("mode", "is_said"), [("enforce", True), ("shadow", False)])
+def test_a_key_whose_budget_is_used_up_says_so_and_until_when(people: People, mode: str, is_said: bool):
+    key = people.key(people.bob)
+    actions.set_limit(people.acme, Allowance("money", 1_500_000, "month", mode), key=key)
+    used(key, cost=1_499_999)
+    assert "used up" not in text(browser(people.bob).get(page(key)))
+
+    used(key, cost=1)
+
+    shown = text(browser(people.bob).get(page(key)))
+    assert ("This key: the budget of $1.50 a month is used up. Calls that cost money are refused until" in shown) == is_said
+    assert "100 %" in shown
+
+
+def test_a_budget_of_nothing_is_a_full_bar(people: People):
+    key = people.key(people.bob)
+    actions.set_limit(people.acme, Allowance("money", 0, "total"), key=key)
+
+    answer = browser(people.bob).get(page(key))
+
+    assert "the budget of $0.00 in all is used up. Calls that cost money are refused." in text(answer)
+    assert 'value="1" max="1"' in answer.content.decode()
+
+
 def test_an_organization_that_is_switched_off_shows_its_operator_why_no_key_works(people: People):
     key = people.key(people.bob)
     people.acme.is_active = False
