@@ -471,7 +471,6 @@ class AuditEntryAdmin(ModelAdmin):
     search_fields = ("subject", "action")
     ordering = ("-pk",)
     list_per_page = 50
-    show_full_result_count = False
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False

@@ -563,7 +563,6 @@ class PriceAdmin(ModelAdmin):
     search_fields = ("pattern",)
     ordering = ("pattern", "-starts_at")
     list_per_page = 100
-    show_full_result_count = False
 
     def get_form(self, request: HttpRequest, obj: Price | None = None, change: bool = False, **kwargs: Any) -> Any:
         return super().get_form(request, obj, change=change, **kwargs if obj else {**kwargs, "form": PriceForm})

@@ -27,12 +27,13 @@ from unfold.views import ChangeList
 from accounts.actions import record
 from accounts.admin import Audited
 from accounts.models import ApiKey, Organization, User
+from accounts.money import in_usd
 from providers.models import Credential
 from proxy import routes, totals
 from proxy.models import FrozenModel, OnAbort, RefusedCalls, Rest, Route, RouteTarget, UsageEvent, UsageTotal, moment_of
 from proxy.queries import SHADOW
 from proxy.routes import Leads
-from proxy.templatetags.show import milliseconds, usd
+from proxy.templatetags.show import UNPRICED, milliseconds, usd
 
 BEFORE = "before"  # in the address of a list
 _WINDOWS = {"1h": (timedelta(hours=1), "Last hour"), "24h": (timedelta(hours=24), "Last 24 hours")}
@@ -279,7 +280,8 @@ class NewestFirst(ChangeList):
         page = rows[: self.list_per_page]
         place = f"{getattr(page[-1], column).isoformat()}~{page[-1].pk}" if len(rows) > len(page) else ""
         self.newest_url = self.get_query_string()
-        self.result_list, self.result_count, self.full_result_count = page, len(page), None
+        # The same figure twice: else the head of the page offers as all of them the rows of this page.
+        self.result_list, self.result_count, self.full_result_count = page, len(page), len(page)
         self.show_full_result_count = self.show_admin_actions = self.can_show_all = False
         self.multi_page, self.page_num = False, 1  # there are no numbers of pages
         self.paginator = Older(self.list_per_page, self.get_query_string({BEFORE: place}) if place else "")
@@ -345,6 +347,13 @@ def _of_request(events: QuerySet[UsageEvent], request_id: uuid.UUID) -> QuerySet
 def _in_one_line(at: datetime, written: str) -> str:
     """Signs at which a narrow column would break the line are replaced by their unbreakable twins."""
     return at.astimezone(UTC).strftime(written).replace(" ", "\N{NO-BREAK SPACE}").replace("-", "\N{NON-BREAKING HYPHEN}")
+
+
+def _exact(micro_dollars: int | None) -> str:
+    """One request costs less than a cent, or little more: not rounded to one."""
+    if micro_dollars is None:
+        return UNPRICED
+    return f"{'−' if micro_dollars < 0 else ''}${in_usd(abs(micro_dollars))}"
 
 
 @admin.register(UsageEvent)
@@ -446,11 +455,11 @@ class UsageEventAdmin(ReadOnly):
 
     @display(description="cost")
     def shown_cost(self, event: UsageEvent) -> str:
-        return usd(event.cost)
+        return _exact(event.cost)
 
     @display(description="the upstream says")
     def told_cost(self, event: UsageEvent) -> str:
-        return "-" if event.upstream_cost is None else usd(event.upstream_cost)
+        return "-" if event.upstream_cost is None else _exact(event.upstream_cost)
 
     @display(description="first byte after")
     def first_byte(self, event: UsageEvent) -> str:

@@ -208,6 +208,25 @@ def test_a_row_shows_unpriced_and_names_also_of_what_is_gone(operator: Client, k
     assert "994" in one
 
 
+def test_what_one_request_cost_is_not_rounded(operator: Client, key: ApiKey):
+    request_id = used(key, cost=29_793, upstream_cost=30_004)
+    used(key, cost=-29_793)
+
+    body = operator.get(EVENTS).content.decode()
+    assert "$0.029793" in body
+    assert "−$0.029793" in body
+    assert "$0.030004" in operator.get(f"{EVENTS}{request_id}/change/").content.decode()
+
+
+@pytest.mark.parametrize("path", LOG)
+def test_a_page_of_the_log_is_not_called_all_of_it(operator: Client, key: ApiKey, path: str):
+    used(key)
+    refused(key)
+
+    body = operator.get(path).content.decode()
+    assert "result" not in re.search(r"<h1.*?</h1>", body, re.DOTALL)[0]
+
+
 def test_what_clients_send_is_shown_as_text(operator: Client, people: People):
     key = people.key(people.bob, name="<script>alert(1)</script>")
     request_id = used(
