@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
 from django.conf import settings
+from django.db.models import QuerySet
 from django.urls import reverse
 from django.utils import timezone
 
@@ -26,7 +27,7 @@ Rests = Mapping[tuple[int, str], float]  # (credential, model or ALL_MODELS) -> 
 
 def look(exhausted: Mapping[str, float]) -> None:
     """`exhausted`: pools in whose memory everybody rests, and for how many seconds still. Raises DatabaseError."""
-    for credential in Credential.objects.filter(state=State.NEEDS_REAUTH).order_by("pk"):
+    for credential in _locked_out().order_by("pk"):
         _needs_reauth(credential)
     for pool in sorted(_without_anybody()):
         tell(
@@ -49,6 +50,11 @@ def look(exhausted: Mapping[str, float]) -> None:
         )
 
 
+def _locked_out() -> QuerySet[Credential]:
+    """Accounts that served and no longer do. Who adds one and has yet to sign it in knows that it serves nothing."""
+    return Credential.objects.filter(state=State.NEEDS_REAUTH).exclude(secret=None, token=None)
+
+
 def _needs_reauth(credential: Credential) -> None:
     problem = standing_of(credential).problem
     tell(
@@ -64,7 +70,7 @@ def _needs_reauth(credential: Credential) -> None:
 
 def _without_anybody() -> set[str]:
     """Pools that an account has left which has to sign in, and in which nobody is left. Switched off by hand is as meant."""
-    waiting = set(Credential.objects.filter(state=State.NEEDS_REAUTH).values_list("prefix", flat=True))
+    waiting = set(_locked_out().values_list("prefix", flat=True))
     return waiting - set(Credential.objects.filter(state=State.ACTIVE, prefix__in=waiting).values_list("prefix", flat=True))
 
 

@@ -55,6 +55,17 @@ def test_an_account_that_has_to_sign_in_is_mailed_once_with_a_link_and_so_is_its
 
 
 @pytest.mark.django_db
+def test_an_account_that_has_never_signed_in_has_lost_nothing():
+    User.objects.create_superuser("op@example.org", "x")
+    added = add_credential("gemini_cli", "just added", "", accept_policy=True, sign_in_later=True)
+    assert added.state == State.NEEDS_REAUTH
+
+    alarms.look({})
+
+    assert mail.outbox == []
+
+
+@pytest.mark.django_db
 def test_a_pool_in_which_another_account_serves_is_not_exhausted_nor_is_one_that_was_switched_off():
     User.objects.create_superuser("op@example.org", "x")
     add_credential("openai", "second", "sk-y")
