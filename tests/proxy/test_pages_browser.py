@@ -464,6 +464,31 @@ def test_a_page_that_lost_its_connection_tries_again_and_catches_up(person: Pers
     person.checks(page)
 
 
+SIGNS_IN = """
+from providers.actions import add_credential
+settings = {{name: "https://example.org/" + "x" * 60 for name in ("client_id", "client_secret", "token_url")}}
+print(add_credential("gemini_cli", {label!r}, "", prefix={label!r}, settings=settings, accept_policy=True, sign_in_later=True).pk)
+"""
+
+
+def test_the_admin_breaks_links_and_keys_that_are_wider_than_a_phone(person: Person):
+    number = person.sluice.python(SIGNS_IN.format(label=person.slug)).split()[-1]
+    page = person.signs_in(as_operator=True, viewport=PHONE)
+    width = "document.documentElement.scrollWidth"
+
+    page.goto(f"/admin/providers/credential/{number}/sign-in/")
+    page.get_by_role("button", name="Begin").click()
+    page.locator("#sign-in-link").wait_for()
+    assert page.evaluate(width) == PHONE["width"]
+
+    person.makes_key(person.signs_in())
+    key = person.sluice.python("from accounts.models import ApiKey\nprint(ApiKey.objects.latest('pk').pk)").split()[-1]
+    page.goto(f"/admin/accounts/apikey/{key}/rotate/")
+    page.get_by_role("button", name="Rotate").click()
+    page.locator("#issued-key").wait_for()
+    assert page.evaluate(width) == PHONE["width"]
+
+
 def test_the_admin_and_the_api_page_run_under_their_policy(person: Person):
     page = person.signs_in(as_operator=True)
 
