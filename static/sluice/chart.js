@@ -57,6 +57,7 @@ function draw() {
         label: row.name,
         data: row.values,
         backgroundColor: colour(row.colour),
+        hoverBackgroundColor: colour(row.colour), // Chart.js would darken it, and takes what it cannot read for black
         borderRadius: 2,
         borderSkipped: false,
         maxBarThickness: 28,
@@ -102,7 +103,7 @@ function draw() {
             maxTicksLimit: 5,
             font: { size: 11 },
             precision: format ? undefined : 0,
-            callback: (value) => (format ? format(value) : compact.format(value)),
+            callback: (value) => (format ? format(value) : compact.format(value).replace("K", "k")),
           },
         },
       },

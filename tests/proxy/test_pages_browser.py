@@ -222,6 +222,12 @@ def test_the_chart_draws_each_of_its_views_in_each_theme(person: Person):
         assert canvas.evaluate(painted)
         assert legend in page.locator("#legend").inner_text()
 
+    canvas.hover(position={"x": canvas.bounding_box()["width"] - 12, "y": 100})  # type: ignore[index]
+    hovered = "canvas => Chart.getChart(canvas).getActiveElements().map((one) => one.element.options.backgroundColor)"
+    assert canvas.evaluate(hovered)[0] == page.evaluate(
+        "getComputedStyle(document.documentElement).getPropertyValue('--chart-fresh').trim()"
+    )
+
     light = canvas.evaluate("canvas => canvas.toDataURL()")
     page.get_by_role("radio", name="Dark theme").first.check(force=True)
     assert canvas.evaluate("canvas => canvas.toDataURL()") != light
