@@ -8,6 +8,7 @@ from typing import Any
 from django import forms
 from django.core.exceptions import ValidationError
 
+from accounts import policy
 from accounts import queries as accounts
 from accounts.actions import LONGEST_OVERLAP
 from accounts.models import Membership, Metric, Team, User, Window
@@ -73,6 +74,12 @@ class KeyForm(forms.Form):
         """A mistake in what is folded away: it has to be open then."""
         return any(self[name].errors for name in (*self.PLACES, *self.LIMITS) if name in self.fields)
 
+    def clean_name(self) -> str:
+        return policy.clean_name(self.cleaned_data["name"])
+
+    def clean_models(self) -> list[str]:
+        return policy.clean_models(self.cleaned_data["models"].split(","))
+
     def clean_email(self) -> User:
         email = self.cleaned_data["email"]
         holder = accounts.member_of(self.place.organization, email)
@@ -80,11 +87,14 @@ class KeyForm(forms.Form):
             raise ValidationError("Nobody with this e-mail is a member of the organization.")
         return holder
 
-    def clean_expires_on(self) -> date | None:
+    def clean_expires_on(self) -> datetime | None:
+        """The end of the day that was given, where the organization is."""
         last_day: date | None = self.cleaned_data["expires_on"]
-        if last_day is not None and last_day.year >= MAXYEAR:
+        if last_day is None:
+            return None
+        if last_day.year >= MAXYEAR:
             raise ValidationError("This day is too far away: leave it empty for a key that never expires.")
-        return last_day
+        return policy.clean_expiry(datetime.combine(last_day + timedelta(days=1), time(), zone_of(self.place.organization)))
 
     def clean_budget(self) -> int | None:
         text = self.cleaned_data["budget"]
@@ -93,15 +103,13 @@ class KeyForm(forms.Form):
     def asked(self) -> dict[str, Any]:
         """The arguments of `issue_key`."""
         said = self.cleaned_data
-        last_day = said["expires_on"]
-        zone = zone_of(self.place.organization)
         return {
             "organization": self.place.organization,
             "user": said.get("email", self.place.user),
             "name": said["name"],
             "team": said["team"],
-            "models": said["models"].split(","),
-            "expires_at": datetime.combine(last_day + timedelta(days=1), time(), zone) if last_day else None,
+            "models": said["models"],
+            "expires_at": said["expires_on"],
             "limits": list(self._allowances()),
         }
 

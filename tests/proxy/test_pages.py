@@ -301,6 +301,15 @@ def test_wrong_input_is_said_beside_its_field_and_makes_nothing(people: People, 
     assert not ApiKey.objects.exists()
 
 
+def test_all_that_is_wrong_is_said_at_once(people: People):
+    wrong = {"name": "\u202ex", "email": "nobody@example.org", "models": "[a]", "expires_on": "2001-01-01", "budget": "abc"}
+
+    answer, _ = new_key(browser(people.alice), **wrong)
+
+    for field in wrong:
+        assert re.search(rf'id="id_{field}_error"', answer.content.decode()), field
+
+
 def test_a_member_makes_own_keys_only_whatever_the_form_says(people: People):
     answer, _ = new_key(browser(people.bob), email="alice@example.org")
 
