@@ -70,9 +70,10 @@ class KeyForm(forms.Form):
         return [self[name] for name in self.LIMITS]
 
     @property
-    def has_hidden_errors(self) -> bool:
-        """A mistake in what is folded away: it has to be open then."""
-        return any(self[name].errors for name in (*self.PLACES, *self.LIMITS) if name in self.fields)
+    def is_unfolded(self) -> bool:
+        """A mistake in what is folded away, or an owner who has yet to be named: it has to be open then."""
+        lacks_owner = "email" in self.fields and not self["email"].value()
+        return lacks_owner or any(self[name].errors for name in (*self.PLACES, *self.LIMITS) if name in self.fields)
 
     def clean_name(self) -> str:
         return policy.clean_name(self.cleaned_data["name"])
