@@ -247,6 +247,7 @@ class KeyForm(forms.ModelForm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.fields["expires_at"].help_text = "In UTC. Empty: never."
         if self.instance.pk:
             self.initial.update(models=self.instance.allowed_models, networks=self.instance.allowed_networks)
 

@@ -449,7 +449,7 @@ def _by_script(request: HttpRequest) -> bool:
 
 
 def _window(name: str, window: dict[str, Any]) -> str:
-    """ "week: 40 of 1,000 used, until 2026-08-29 05:20" """
+    """ "week: 40 of 1,000 used, until 2026-08-29 05:20 UTC" """
     used, limit = (_amount(window.get(which), str(window.get("unit", ""))) for which in ("used", "limit"))
     said = f"{used} of {limit} used" if used and limit else f"{used} used" if used else f"limit {limit}" if limit else "no figures"
     return f"{name}: {said}" + (f", until {_moment(window['resets_at'])}" if window.get("resets_at") else "")
@@ -526,26 +526,28 @@ class UpstreamModelAdmin(ModelAdmin):
 # Prices
 
 
-def _usd_field(help_text: str, *, required: bool = False) -> forms.DecimalField:
+def _usd_field(label: str, help_text: str = "", *, required: bool = False) -> forms.DecimalField:
     return forms.DecimalField(
+        label=label,
         min_value=Decimal(0),
         max_value=Decimal(given.DEAREST_USD),
         decimal_places=6,
         required=required,
-        help_text=help_text,
+        help_text=f"USD per million tokens. {help_text}".rstrip(),
         widget=UnfoldAdminDecimalFieldWidget(attrs={"step": "0.000001"}),
     )
 
 
 class PriceForm(forms.ModelForm):
-    input_usd = _usd_field("USD per million tokens.", required=True)
-    output_usd = _usd_field("USD per million tokens.", required=True)
-    cached_usd = _usd_field("Input read from the upstream's cache. Empty = as plain input.")
-    cache_write_usd = _usd_field("Input written to it. Empty = as plain input.")
+    input_usd = _usd_field("Input", required=True)
+    output_usd = _usd_field("Output", required=True)
+    cached_usd = _usd_field("Cached input", "Input read from the upstream's cache. Empty = as plain input.")
+    cache_write_usd = _usd_field("Cache write", "Input written to the cache. Empty = as plain input.")
 
     class Meta:
         model = Price
         fields = ["pattern", "starts_at"]
+        help_texts = {"starts_at": "In UTC."}
 
     def clean_pattern(self) -> str:
         try:

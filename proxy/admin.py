@@ -165,6 +165,9 @@ class FrozenModelAdmin(Audited):
     search_fields = ("pattern",)
     ordering = ("-until",)
 
+    def get_form(self, request: HttpRequest, obj: FrozenModel | None = None, change: bool = False, **kwargs: Any) -> Any:
+        return super().get_form(request, obj, change=change, **{**kwargs, "help_texts": {"until": "In UTC."}})
+
 
 @admin.register(Rest)
 class RestAdmin(ModelAdmin):

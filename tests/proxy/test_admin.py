@@ -330,3 +330,16 @@ def test_the_side_of_the_admin_leads_to_every_list(operator: Client):
 
     for model in admin.site._registry:
         assert f'href="/admin/{model._meta.app_label}/{model._meta.model_name}/"' in body
+
+
+# Times
+
+
+@pytest.mark.parametrize("path", ["accounts/apikey/add/", "providers/price/add/", "proxy/frozenmodel/add/"])
+def test_a_time_that_is_typed_is_said_to_be_in_utc(operator: Client, path: str):
+    assert "In UTC." in operator.get(f"/admin/{path}").content.decode()
+
+
+def test_a_time_that_is_shown_has_its_zone(operator: Client, key: ApiKey):
+    made = f"{key.created_at:%Y-%m-%d %H:%M} UTC"
+    assert made in operator.get(f"/admin/accounts/apikey/{key.pk}/change/").content.decode()

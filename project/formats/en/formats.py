@@ -1,5 +1,5 @@
-"""How Django writes times where no template says it: as in the records, so that they sort and fit into a column."""
+"""How Django writes times where no template says it: as in the records, so that they sort, and with their zone."""
 
 DATE_FORMAT = SHORT_DATE_FORMAT = "Y-m-d"
 TIME_FORMAT = "H:i"
-DATETIME_FORMAT = SHORT_DATETIME_FORMAT = "Y-m-d H:i"
+DATETIME_FORMAT = SHORT_DATETIME_FORMAT = "Y-m-d H:i e"
