@@ -21,7 +21,6 @@ from django.shortcuts import get_object_or_404, redirect
 from django.template.response import TemplateResponse
 from django.urls import reverse
 from django.utils import timezone
-from django.utils.formats import date_format
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin
@@ -456,7 +455,7 @@ def _window(name: str, window: dict[str, Any]) -> str:
 
 
 def _moment(text: str) -> str:
-    return date_format(timezone.localtime(datetime.fromisoformat(text)), "DATETIME_FORMAT")
+    return f"{timezone.localtime(datetime.fromisoformat(text)):%Y-%m-%d %H:%M} UTC"
 
 
 def _amount(value: Any, unit: str) -> str:

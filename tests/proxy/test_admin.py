@@ -340,6 +340,6 @@ def test_a_time_that_is_typed_is_said_to_be_in_utc(operator: Client, path: str):
     assert "In UTC." in operator.get(f"/admin/{path}").content.decode()
 
 
-def test_a_time_that_is_shown_has_its_zone(operator: Client, key: ApiKey):
-    made = f"{key.created_at:%Y-%m-%d %H:%M} UTC"
+def test_a_time_that_is_shown_has_its_zone_and_is_in_one_line(operator: Client, key: ApiKey):
+    made = f"{key.created_at:%Y-%m-%d %H:%M} UTC".replace(" ", "\N{NO-BREAK SPACE}").replace("-", "\N{NON-BREAKING HYPHEN}")
     assert made in operator.get(f"/admin/accounts/apikey/{key.pk}/change/").content.decode()
