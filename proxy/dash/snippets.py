@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 # Shown where the key itself is not: it is known only at the moment when it is made.
 VARIABLE = "SLUICE_API_KEY"
 FALLBACK_MODEL = "demo/echo"
+PLACEHOLDER = "A-MODEL-OF-YOURS"  # for a key that may not use the other
 
 # A model's name comes from clients and goes into code that people paste: only what needs no quoting is shown.
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,99}")
@@ -21,9 +23,10 @@ class Snippet:
     text: str
 
 
-def example_model(names: Iterable[str]) -> str:
-    """The first that can be pasted as it is."""
-    return next((name for name in names if _PLAIN.fullmatch(name)), FALLBACK_MODEL)
+def example_model(names: Iterable[str], patterns: Collection[str] = ()) -> str:
+    """The first that can be pasted as it is, else what the key may use of what is always there. `patterns`: its models; none = all."""
+    may_fall_back = not patterns or any(fnmatchcase(FALLBACK_MODEL, pattern) for pattern in patterns)
+    return next((name for name in names if _PLAIN.fullmatch(name)), FALLBACK_MODEL if may_fall_back else PLACEHOLDER)
 
 
 def snippets(public_url: str, model: str, key: str | None = None) -> list[Snippet]:

@@ -185,7 +185,7 @@ def _step(bucket: Bucket, span: Span) -> str:
 
 def _snippets(key: ApiKey, models: list[Group], clear: str | None = None) -> list[Any]:
     names = [*(group.name for group in models), *key.allowed_models]
-    return snippets(settings.PUBLIC_URL, example_model(names), clear)
+    return snippets(settings.PUBLIC_URL, example_model(names, key.allowed_models), clear)
 
 
 def _cursor(request: HttpRequest) -> Cursor | None:

@@ -22,7 +22,7 @@ from accounts import actions
 from accounts.models import ApiKey, AuditEntry, Limit, Membership, Role, Team, User
 from accounts.policy import Allowance
 from accounts.principal import KEY_LENGTH, is_plausible
-from proxy.dash.snippets import FALLBACK_MODEL, example_model
+from proxy.dash.snippets import FALLBACK_MODEL, PLACEHOLDER, example_model
 from proxy.models import RefusedCalls
 from tests.accounts.conftest import People
 from tests.proxy.used import used
@@ -557,6 +557,16 @@ def test_names_and_models_are_shown_as_text_and_never_run(people: People):
 def test_a_models_name_goes_into_a_snippet_only_when_it_needs_no_quoting(name: str):
     assert example_model([name]) == FALLBACK_MODEL
     assert example_model([name, "openai/gpt-4o"]) == "openai/gpt-4o"
+
+
+@pytest.mark.parametrize(
+    ("models", "shown"),
+    [("", FALLBACK_MODEL), ("demo/*", FALLBACK_MODEL), ("openai/*, openai/gpt-4o", "openai/gpt-4o"), ("openai/*", PLACEHOLDER)],
+)
+def test_the_lines_to_copy_name_no_model_that_the_key_may_not_use(people: People, models: str, shown: str):
+    answer, _ = new_key(browser(people.bob), models=models)
+
+    assert f'"model": "{shown}"' in html.unescape(answer.content.decode())
 
 
 # What a page costs
