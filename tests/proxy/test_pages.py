@@ -12,6 +12,7 @@ from datetime import timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
+from django.core import mail
 from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
@@ -91,6 +92,27 @@ def test_signing_in_leads_to_the_keys(people: People):
     right = client.post(reverse("account_login"), {"login": "bob@example.org", "password": "bob@example.org"}, follow=True)
     assert right.redirect_chain[-1][0] == "/"
     assert client.get("/keys/").status_code == 200
+
+
+def test_the_way_to_a_new_password_looks_like_one(people: People):
+    link = f'class="link" href="{reverse("account_reset_password")}"'
+
+    assert link in browser().get(reverse("account_login")).content.decode()
+    assert link in browser(people.bob).get(reverse("account_change_password")).content.decode()
+    assert link in browser().get("/accounts/password/reset/key/1-abc/", follow=True).content.decode()
+
+
+def test_a_new_password_is_set_by_the_link_of_a_mail(people: People):
+    client = browser()
+    client.post(reverse("account_reset_password"), {"email": "bob@example.org"})
+    [path] = re.findall(r"https?://[^/\s]+(/accounts/password/reset/key/\S+)", mail.outbox[0].body)
+
+    form = client.get(path, follow=True)
+    assert 'name="password1"' in form.content.decode()
+    client.post(form.redirect_chain[-1][0], {"password1": "a new and long one", "password2": "a new and long one"})
+
+    assert User.objects.get(pk=people.bob.pk).check_password("a new and long one")
+    assert "This link no longer works" in text(browser().get(path, follow=True))
 
 
 @pytest.mark.parametrize("path", ["/keys/", "/keys/1/", "/keys/1/rotate/", "/keys/1/revoke/", "/keys/1/rename/"])
