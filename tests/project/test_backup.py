@@ -47,7 +47,7 @@ def in_use(sluice: Sluice, upstream: OpenAIUpstream, backup: Callable[[], None])
     sluice.wait_for("sim")
     upstream.reset()
     assert call(sluice, key) == 200
-    before = sluice.usage()
+    before = eventually(sluice.usage, "no usage row")
     upstream.script(*[SLOW] * 10_000)
     with Load(sluice.url, key, BODY["model"]) as load:
         eventually(lambda: len(load.answered) > 5, "nobody is answered")

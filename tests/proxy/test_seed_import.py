@@ -105,7 +105,7 @@ def test_the_agents_own_curl_line(moved: tuple[Sluice, Path, list[str]], agents:
     assert "Hello there" in answer["choices"][0]["message"]["content"]
     assert agents.last.headers["x-agent"] == "agent-1"
     assert agents.last.headers["authorization"] == "Bearer sk-sim-ok~agents"
-    rows = sluice.usage()
+    rows = eventually(sluice.usage, "no usage row")
     assert (rows[-1]["model"], rows[-1]["provider"], rows[-1]["key"]) == ("claude-4-sonnet-thinking-max", "codegpt", "VALID_API_KEY")
 
 
