@@ -322,13 +322,17 @@ def whole_events(buffer: bytes) -> int:
     return max(lf + 2 if lf >= 0 else 0, crlf + 3 if crlf >= 0 else 0, cr + 2 if cr >= 0 else 0)
 
 
+_MOST_EVENTS_BYTES = 512
 # Atomic groups: a lone CRLF must not pass for two line ends.
 _BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)+")
 
 
 def first_event(events: bytes, at: int) -> bytes:
     """The event that begins at `at`, with the blank line that ends it."""
-    end = events.find(b"\n\n", at) + 2
+    # Not further than most events reach: where lines end otherwise there is none, and each event would look through all that follow.
+    end = events.find(b"\n\n", at, at + _MOST_EVENTS_BYTES) + 2
+    if end < 2 and events.find(b"\r", at, at + _MOST_EVENTS_BYTES) < 0:
+        end = events.find(b"\n\n", at) + 2
     if end > 1 and events.find(b"\r", at, end + 1) < 0 and events[end : end + 1] != b"\n":
         return events[at:end]  # as nearly all end
     found = _BLANK_LINE.search(events, at)

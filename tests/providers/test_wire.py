@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +41,31 @@ def test_each_event_is_one_piece(written: list[bytes], end: bytes):
     same = [event.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", end) for event in written]
 
     assert wire.split_events(b"".join(same)) == same
+
+
+@given(st.lists(st.sampled_from([b"data: 1", b"data: " + b"x" * 5000, b"\n", b"\r", b"\r\n", b"\n\n", b": c"])).map(b"".join))
+def test_one_event_after_the_other_is_what_all_at_once_are(stream: bytes):
+    found, at = [], 0
+    while at < len(stream):
+        found.append(wire.first_event(stream, at))
+        at += len(found[-1])
+    assert found == [one for one in wire.split_events(stream) if one]
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\r"])
+def test_lines_that_end_otherwise_cost_about_the_same(end: bytes):
+    """A read holds thousands of small events: none may look through all that follow."""
+
+    def seconds(stream: bytes) -> float:
+        best = 1e9
+        for _ in range(3):
+            began, at = time.perf_counter(), 0
+            while at < len(stream):
+                at += len(wire.first_event(stream, at))
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    assert seconds((b":" + end * 2) * 40_000) < 20 * seconds(b":\n\n" * 40_000)
 
 
 @given(events(), st.data())
