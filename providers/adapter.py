@@ -18,7 +18,7 @@ from providers.exchange import Outgoing, Transport, place_of
 from providers.failures import UpstreamBroke, UpstreamFailure, UpstreamProtocol
 from providers.oauth import Lease, SignIn, TokenSet
 from providers.price import Rates, Tokens
-from providers.said import failure_of_said, said_in, status_of, wait_seconds_in, without_callers_key
+from providers.said import failure_of_said, said_in, status_of, wait_seconds_in, without_callers_key, words_for
 from providers.secrets import SecretText, redact
 from providers.wire import Json
 
@@ -462,7 +462,7 @@ class SameShape(Reader):
         return None
 
     def _said_error(self, data: bytes) -> UpstreamFailure:
-        said = said_in(data)
+        said = words_for(self._target, said_in(data))
         if self.started:
             message = without_callers_key(self._target, said.message)
             return UpstreamBroke(message or "The upstream reported an error in the middle of the stream.", code=said.code)

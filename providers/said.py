@@ -83,8 +83,8 @@ def clean(text: str) -> str:
 
 
 def _word(value: object) -> str | None:
-    """A code or a parameter's name: short and plain, or it is not passed on."""
-    return value if isinstance(value, str) and re.fullmatch(r"[\w.\[\]-]{1,100}", value) else None
+    """A code or a parameter's name: short, plain and no secret, or it is not passed on."""
+    return value if isinstance(value, str) and re.fullmatch(r"[\w.\[\]-]{1,100}", value) and redact(value) == value else None
 
 
 def _number(value: object) -> int | None:
@@ -125,10 +125,20 @@ _NO_CREDIT = (
 
 def failure_of_said(target: Target | None, status: int, said: Said, wait_seconds: float | None = None) -> UpstreamFailure:
     callers_key = target is not None and target.callers_key
+    said = words_for(target, said)
     problem = _classify(status, said, wait_seconds, callers_key=callers_key)
     problem.upstream_status = status
     problem.message = without_callers_key(target, problem.message)
     return problem
+
+
+def words_for(target: Target | None, said: Said) -> Said:
+    """What was said, without the words that are or hold the secret that came with the request."""
+    if target is None or not target.callers_key:
+        return said
+    secret = target.secret.reveal()
+    hidden: dict[str, Any] = {name: None for name in ("code", "type", "param") if secret in (getattr(said, name) or "")}
+    return msgspec.structs.replace(said, **hidden) if hidden else said
 
 
 def without_callers_key(target: Target | None, text: str) -> str:

@@ -133,6 +133,13 @@ def test_what_is_shown_is_one_short_line_without_secrets():
     assert "the-op" not in clean("x" * 490 + "the-operators-secret")
 
 
+@pytest.mark.parametrize("secret", ["the-operators-secret", "sk-0123456789abcdef"])
+def test_a_secret_is_no_code_and_no_parameter(secret: str):
+    redact.learn_more(["the-operators-secret"])
+    problem = said(400, error(code=secret, param=f"key.{secret}"))
+    assert secret not in f"{problem.body()}"
+
+
 @pytest.mark.parametrize("param", ["messages[2].content", "tools", None])
 def test_a_plain_parameter_is_passed_on(param: str | None):
     assert said(400, error(param=param)).param == param

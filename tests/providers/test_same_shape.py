@@ -353,6 +353,11 @@ def test_a_callers_own_key_is_in_no_error_of_a_stream(sent_before: list[bytes]):
         for part in [*sent_before, wire.event({"error": {"message": "the key Caller0wnW0rds has no quota", "code": "quota"}})]:
             reader.feed(part)
     assert raised.value.message == "the key [redacted] has no quota"
+    reader = SameShape(drop_usage_event=False, says_done=True, target=own)
+    with pytest.raises(UpstreamFailure) as raised:
+        for part in [*sent_before, wire.event({"error": {"message": "no", "code": "key.Caller0wnW0rds", "param": "Caller0wnW0rds"}})]:
+            reader.feed(part)
+    assert "Caller0wnW0rds" not in f"{raised.value.body()}"
 
 
 @pytest.mark.parametrize("length", [480, 490, 497])
