@@ -68,6 +68,7 @@ class ChatReader(Reader):
         self._reasoning: list[str] = []
         self._extra: Json = {}
         self._calls: list[Json] = []
+        self._arguments: list[list[str]] = []  # of each call of a whole answer: they come in many small pieces
         self.usage_details: Json = {}  # what the upstream's usage says beyond our parts, for the client
         self.about: Json = {}  # fields of a whole answer beside its choices
 
@@ -99,6 +100,7 @@ class ChatReader(Reader):
         index = len(self._calls)
         function = {"name": name, "arguments": arguments}
         self._calls.append({"id": call_id, "type": "function", "function": dict(function), **extra})
+        self._arguments.append([arguments])
         self._delta(
             {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function, **extra}]}, _bytes_in(arguments)
         )
@@ -106,7 +108,8 @@ class ChatReader(Reader):
 
     def more_arguments(self, index: int, arguments: str) -> None:
         if arguments:
-            self._calls[index]["function"]["arguments"] += arguments
+            if self._whole:
+                self._arguments[index].append(arguments)
             self._delta({"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}, _bytes_in(arguments))
 
     def extra(self, name: str, value: object) -> None:
@@ -202,6 +205,8 @@ class ChatReader(Reader):
         if self._reasoning:
             message["reasoning_content"] = "".join(self._reasoning)
         if self._calls:
+            for call, arguments in zip(self._calls, self._arguments, strict=True):
+                call["function"]["arguments"] = "".join(arguments)
             message["tool_calls"] = self._calls
         message.update(self._extra)
         reason = self._reason or ("tool_calls" if self._calls else "stop")

@@ -480,8 +480,16 @@ class Call:
         self.index = 0  # as the client knows it
         self.id = ""
         self.name = ""
-        self.arguments = ""
         self.said = False  # the client knows of it
+        self._arguments: list[str] = []  # they come in many small pieces
+
+    def add(self, arguments: str) -> None:
+        self._arguments.append(arguments)
+
+    @property
+    def arguments(self) -> str:
+        self._arguments[:] = ["".join(self._arguments)]
+        return self._arguments[0]
 
     @property
     def is_cut_off(self) -> bool:
@@ -520,7 +528,7 @@ class Calls:
         if arguments is not None and not isinstance(arguments, str):
             arguments = wire.encode_json(arguments).decode()  # some give the object itself
         call = self._call_of(piece.get("index"), _text(piece.get("id")), name)
-        call.arguments += arguments or ""
+        call.add(arguments or "")
         more = {key: value for key, value in piece.items() if key not in ("index", "id", "type", "function")}
         if call.said:
             if arguments:

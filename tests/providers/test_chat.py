@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -334,3 +335,18 @@ def test_how_a_stream_is_cut_decides_nothing(values: list[Any], end: bytes, line
 
     assert outcome(pieces) == outcome([stream])
     assert outcome([stream[at : at + 1] for at in range(len(stream))]) == outcome([stream])
+
+
+def test_long_arguments_in_small_pieces_cost_what_they_are_long():
+    """A model that writes a file does so: each piece must not cost what all before it are long."""
+
+    def seconds(pieces: int) -> float:
+        reader = toy()
+        reader.tool_call("c", "write")
+        began = time.perf_counter()
+        for _ in range(pieces):
+            reader.more_arguments(0, "0123456789")
+            reader._out.clear()
+        return time.perf_counter() - began
+
+    assert min(seconds(80_000) for _ in range(2)) < 30 * max(seconds(8_000) for _ in range(2))

@@ -943,3 +943,15 @@ def test_its_models_are_known_without_a_call():
     assert QWEN.models_request(target()) is None
     assert {"coder-model", "qwen3-coder-plus", "qwen3-coder-flash", "qwen3-max", "qwen3-coder-turbo"} <= QWEN.listed().keys()
     assert QWEN.listed()["coder-model"]["max_output_tokens"] == 65_536
+
+
+def test_long_arguments_in_small_pieces_cost_what_they_are_long():
+    def seconds(pieces: int) -> float:
+        calls = qwen.Calls("0123456789abcdef")
+        calls.mended([{"index": 0, "id": "c", "function": {"name": "write", "arguments": ""}}])
+        began = time.perf_counter()
+        for _ in range(pieces):
+            calls.mended([{"index": 0, "function": {"arguments": "0123456789"}}])
+        return time.perf_counter() - began
+
+    assert min(seconds(80_000) for _ in range(2)) < 30 * max(seconds(8_000) for _ in range(2))
