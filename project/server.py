@@ -168,6 +168,7 @@ def run_uvicorn(host: str, port: int, env: Env, above: Above | None = None) -> i
         "project.asgi:application",
         host=host,
         port=port,
+        backlog=supervisor.BACKLOG,
         loop="auto",
         http=cast(Any, guard.protocol),
         interface="asgi3",

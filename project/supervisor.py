@@ -26,7 +26,7 @@ SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
 STEADY_SECONDS = 60.0  # a worker that lived for so long was a good one
 LOOK_SECONDS = 0.2
 START_SECONDS = 60.0
-BACKLOG = 2048
+BACKLOG = 65_535  # connections that wait to be taken: as many as the kernel lets wait (net.core.somaxconn). The next ones are lost.
 
 
 @dataclass(slots=True, eq=False)
