@@ -1,8 +1,8 @@
 """`/ws/usage?organization=SLUG`: tells a page that usage was stored, so that it can show its figures anew.
 
-What is told is no figure, only which keys were used: the page asks for the figures itself, with all the checks of a
-page. With Redis the processes that store rows say so there, and one that has open pages listens while it has them; without, there is
-one process alone.
+What is told is no figure, only which keys were used, first of all those of the last minute: the page asks for the figures itself, with
+all the checks of a page. With Redis the processes that store rows say so there, and one that has open pages listens while it has them;
+without, there is one process alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping
+from datetime import timedelta
 from importlib import import_module
 from typing import Any
 from urllib.parse import parse_qs
@@ -23,15 +24,19 @@ from channels.generic.websocket import AsyncWebsocketConsumer
 from channels.layers import get_channel_layer
 from django.conf import settings
 from django.http import Http404
+from django.utils import timezone
 
 from accounts import queries as accounts
 from accounts.models import Membership, Role, User
+from proxy.models import UsageEvent
 from proxy.stores.news import Subscription, usage_channel_of
 
 # A session that ended or a membership that was taken away is noticed this long after, before anything more is told.
 CHECK_AGAIN_SECONDS = 30.0
 # Of so many keys at once it is enough to know that they are many.
 MOST_KEYS_TOLD = 100
+# A page may have been made so long before it listens: what was used meanwhile it is told first.
+JUST_NOW_SECONDS = 60.0
 
 # Of this range, since other numbers are not everywhere allowed to be sent.
 NOT_ASKED, NO_LONGER_ALLOWED = 4400, 4403
@@ -97,7 +102,9 @@ class UsageConsumer(AsyncWebsocketConsumer):
         if elsewhere is not None:
             await elsewhere.listen()
         await self.channel_layer.group_add(_group(self.place.organization_id), self.channel_name)
+        just_used = await _just_used(self.place.organization_id)
         await self.accept()
+        await self.usage_stored({"keys": just_used})
 
     async def _forget(self) -> None:
         if self.place is None:
@@ -150,6 +157,15 @@ def _place(user: Any, slug: str) -> Membership | None:
         return accounts.standing(user, slug)
     except Http404:
         return None
+
+
+@database_sync_to_async
+def _just_used(organization_id: int) -> dict[int, int] | None:
+    """Keys and their users; None where there were very many calls."""
+    since = timezone.now() - timedelta(seconds=JUST_NOW_SECONDS)
+    rows = UsageEvent.objects.filter(organization=organization_id, at__gte=since).order_by("-at").values_list("key", "user")
+    found = list(rows[: MOST_KEYS_TOLD + 1])
+    return dict(found) if len(found) <= MOST_KEYS_TOLD else None
 
 
 def _group(organization_id: int) -> str:

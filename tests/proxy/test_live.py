@@ -79,6 +79,10 @@ class House:
         answer = httpx.post(f"{self.sluice.url}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {key}"})
         assert answer.status_code == 200
 
+    def stored(self, person: Person) -> list[Any]:
+        """The usage rows of the person's organization."""
+        return [row for row in self.sluice.usage() if row["organization"] == person.slug]
+
     @contextmanager
     def opens(
         self, person: Person | None, slug: str = "", *, origin: str | None = "", path: str = "/ws/usage"
@@ -151,6 +155,19 @@ def test_a_member_hears_of_own_keys_alone(house: House) -> None:
         assert hears_nothing(page)
         house.call(own)
         assert hears(page) == {"keys": [number]}
+
+
+def test_what_was_used_before_the_page_could_listen_is_told_first(house: House) -> None:
+    owner = house.person()
+    member = house.person("member", owner.slug)
+    (key, number), (own, members_number) = house.key(owner), house.key(member)
+    house.call(key)
+    house.call(own)
+    eventually(lambda: len(house.stored(owner)) == 2, "not stored")
+    with house.opens(owner) as page:
+        assert set(hears(page)["keys"]) == {number, members_number}
+    with house.opens(member) as page:
+        assert hears(page) == {"keys": [members_number]}
 
 
 def test_strangers_and_other_sites_hear_nothing(house: House) -> None:
