@@ -334,8 +334,11 @@ class SameShape(Reader):
         self._shape: Shape | None = None  # of the content event looked at last
 
     def feed(self, data: bytes) -> bytes:
-        if not self._parts and self._shape is not None and self._pass(data):
-            return data
+        if not self._parts and self._shape is not None and data.endswith(b"\n\n"):
+            events, end = self._shape.run(data)
+            if end == len(data):
+                self._pass(events, end)
+                return data
         if self._parts and not wire.whole_events(self._tail + data):
             return self._wait_for_more(data)
         buffer = b"".join([*self._parts, data]) if self._parts else data
@@ -349,10 +352,13 @@ class SameShape(Reader):
         out: list[bytes] = []
         at = 0
         while at < len(whole) and not self.finished:
-            if self._shape is not None and (run := self._shape.run(whole, at)) and self._pass(run):
-                out.append(run)
-                at += len(run)
-                continue
+            if self._shape is not None:
+                events, end = self._shape.run(whole, at)
+                if events:
+                    self._pass(events, end - at)
+                    out.append(whole[at:end])
+                    at = end
+                    continue
             one = wire.first_event(whole, at)
             at += len(one)
             try:
@@ -364,15 +370,11 @@ class SameShape(Reader):
                 break
         return b"".join(out)
 
-    def _pass(self, whole: bytes) -> bool:
-        """Whether these are content events like the one looked at last, which need no look of their own."""
+    def _pass(self, events: int, size: int) -> None:
+        """Count content events like the one looked at last, of so many bytes together: they need no look of their own."""
         assert self._shape is not None
-        events = self._shape.events_in(whole)
-        if not events:
-            return False
         self.events += events
-        self.content_bytes += len(whole) - events * self._shape.frame_bytes
-        return True
+        self.content_bytes += size - events * self._shape.frame_bytes
 
     def _unsaid(self) -> bytes:
         """What a subclass has kept for the end of a stream that is complete."""
@@ -475,31 +477,28 @@ class SameShape(Reader):
 class Shape:
     """What all content events of a stream have in common: everything but the text.
 
-    Whole reads of such events are known by a few searches over all of it, at the speed of memory; an event that says anything
-    else (a reason, usage, an error) has another frame and is looked at."""
+    Such events are known by a few searches in each, at the speed of memory; one that says anything else (a reason, usage, an error)
+    has another frame and is looked at."""
 
-    __slots__ = ("_before", "_behind", "_between", "frame_bytes")
+    __slots__ = ("_before", "_behind", "frame_bytes")
 
     def __init__(self, before: bytes, behind: bytes) -> None:
-        self._before, self._behind, self._between = before, behind, behind + before
+        self._before, self._behind = before, behind
         self.frame_bytes = len(before) + len(behind)
 
-    def events_in(self, whole: bytes) -> int:
-        """How many events these bytes are, if each has this shape; else 0."""
-        if not (whole.startswith(self._before) and whole.endswith(self._behind) and len(whole) >= self.frame_bytes):
-            return 0
-        events = whole.count(self._between) + 1
-        # JSON has no line breaks within a string: two for each event, or there is another event among them.
-        return events if whole.count(b"\n") == 2 * events and b"\r" not in whole else 0
-
-    def run(self, whole: bytes, at: int) -> bytes:
-        """What may be events of this shape that stand together from `at` on, where there are more than one; else nothing.
-
-        The last of them may be left out: it is found by what stands between two."""
-        if not whole.startswith(self._before, at):
-            return b""
-        last = whole.rfind(self._between, at)
-        return whole[at : last + len(self._behind)] if last >= 0 else b""
+    def run(self, whole: bytes, at: int = 0) -> tuple[int, int]:
+        """How many events of this shape stand together from `at` on, and where the last of them ends."""
+        before, behind, length = self._before, self._behind, len(self._before)
+        # A line may end in CR as well: such an event is looked at.
+        odd = whole.find(b"\r", at)
+        events, end = 0, at
+        while whole.startswith(before, end):
+            # JSON has no line breaks within a string: the first one ends the event, and a second follows it.
+            after = whole.find(b"\n", end + length) + 2
+            if not whole.endswith(behind, end + length, after) or 0 <= odd < after:
+                break
+            events, end = events + 1, after
+        return events, end
 
 
 _CONTENT = re.compile(rb'"(?:content|text|reasoning_content|reasoning|arguments|delta)"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"')

@@ -46,6 +46,11 @@ class Body:
     def __init__(self) -> None:
         self._decoder: Decoder | None = None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come: to read what is left takes no waiting."""
+        return False
+
     async def arrived(self) -> bytes:
         """All that has come and was not read yet; waits when there is nothing, and is b"" at the end."""
         raise NotImplementedError

@@ -129,6 +129,10 @@ class Answer(Protocol):
     @property
     def content_type(self) -> str: ...
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come: to read what is left takes no waiting."""
+
     def chunks(self) -> AsyncIterator[bytes]:
         """The body as it arrives, never empty. Raises httpx.TransportError or httpx.DecodingError when it is cut off."""
 

@@ -317,6 +317,10 @@ class Http1Answer(Body):
     def content_type(self) -> str:
         return self.fields.get(b"content-type", b"").decode("latin-1")
 
+    @property
+    def is_over(self) -> bool:
+        return self._ended
+
     async def close(self) -> None:
         connection, self._connection = self._connection, None
         self._parts.clear()

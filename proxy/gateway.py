@@ -299,7 +299,7 @@ class Gateway:
                         outcome.tokens, outcome.output_estimate = reader.tokens, reader.estimated_output()
                         outcome.complete = reader.finished
                         outcome.heard = time.monotonic()
-                    await upstream.farewell(chunks)
+                    await upstream.farewell(response, chunks)
                 else:
                     body = await upstream.whole_body(response)
                     outcome.heard = time.monotonic()

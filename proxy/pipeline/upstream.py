@@ -85,8 +85,10 @@ async def _pause(seconds: float, clock: Clock) -> None:
         raise failure_of(problem) from None
 
 
-async def farewell(chunks: AsyncIterator[bytes]) -> None:
+async def farewell(found: Answer, chunks: AsyncIterator[bytes]) -> None:
     """Read on behind the last event, so that the connection can be kept. Nobody waits for it, so it is not waited for long."""
+    if found.is_over:
+        return
     with suppress(*FAILURES):
         async with asyncio.timeout(FAREWELL_SECONDS):
             async for _ in chunks:

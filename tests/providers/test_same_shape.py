@@ -313,7 +313,8 @@ def test_events_of_one_shape_are_known_without_a_look():
     texts = ["one", "", 'a "quote"', "back\\slash", "ä\n\n"]
     whole = b"".join(map(content, texts))
 
-    assert shape().events_in(whole) == len(texts)
+    assert shape().run(whole) == (len(texts), len(whole))
+    assert shape().run(whole[:-1]) == (len(texts) - 1, len(whole) - len(content(texts[-1])))
     assert len(whole) - len(texts) * shape().frame_bytes == sum(len(json.dumps(text)) - 2 for text in texts)
 
 
@@ -334,7 +335,7 @@ def test_events_of_one_shape_are_known_without_a_look():
 def test_one_event_of_another_shape_among_them_is_looked_at(odd: bytes, place: int):
     events = [content("a"), content("b")]
     events.insert(place, odd)
-    assert shape().events_in(b"".join(events)) == 0
+    assert shape().run(b"".join(events)) == (place, place * len(content("a")))
 
 
 def test_usage_is_found_behind_many_events_of_one_shape_in_the_same_read():
