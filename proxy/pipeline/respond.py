@@ -106,10 +106,12 @@ class Reply:
             await self._begin()
         await self._body(data, more=True)
 
-    async def end(self) -> None:
+    async def end(self, data: bytes) -> None:
+        """The last events of a stream, where any are left, and its end."""
+        self.content_sent = self.content_sent or bool(data)
         self.quiet()
         await self._begin()
-        await self._body(b"", more=False)
+        await self._body(data, more=False)
         self.finished = True
 
     def keep_alive(self, interval_seconds: float) -> None:
@@ -165,19 +167,17 @@ async def stream(reply: Reply, chunks: AsyncIterator[bytes], reader: Reader) -> 
     held = b""
     async for chunk in chunks:
         events = reader.feed(chunk)
-        if events and (reader.started or reader.finished or len(held) + len(events) > MOST_HELD_BYTES):
+        if reader.finished and reader.failure is None:
+            held += events
+            break
+        if events and (reader.started or len(held) + len(events) > MOST_HELD_BYTES):
             await reply.events(held + events if held else events)
             held = b""
         else:
             held += events
         if reader.failure is not None:
             raise reader.failure
-        if reader.finished:
-            break
-    last = held + reader.end()
-    if last:
-        await reply.events(last)
-    await reply.end()
+    await reply.end(held + reader.end())
 
 
 async def _drop(message: Message) -> None:
