@@ -27,6 +27,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from project.exchange import Answered, Exchange, KeptRefusal, ServerFailed, UnusualExchange, error_answer
+from project.pace import Pace, WholeCalls
 from providers.wire import ApiError
 from proxy.call import Scope
 from proxy.errors import GatewayError, InvalidRequest, TooLarge, Unavailable
@@ -161,6 +162,8 @@ class Guard:
         self.count_refused = count_refused
         self.websockets: set[Any] = set()  # those that are open
         self.draining = False
+        self.pace, self.calls = Pace(), WholeCalls()
+        self.was_taken: Callable[[], None] = _nothing  # told of each new connection
         # The loop's clock, as of the last look: a request that asks for the time often would pay for it.
         self.now = 0.0
         self._look_at = 0.0
@@ -208,12 +211,16 @@ class GuardedProtocol(HttpToolsProtocol):
         self.surplus = len(self.connections) > most
         if len(self.connections) > 2 * most:
             self.transport.close()  # and not even that can be afforded
+        self.guard.was_taken()
 
     # Bytes in
 
     def data_received(self, data: bytes) -> None:
         if self.phase == REFUSED:
             return self._discard(len(data))
+        pace = self.guard.pace
+        if pace.begun >= pace.most and pace.is_full() and self._is_told_full(data):
+            return None
         while True:
             self.read_bytes = len(data)
             try:
@@ -277,9 +284,11 @@ class GuardedProtocol(HttpToolsProtocol):
             # The parser takes all that follows for the tunnel's, and so would take a body for the next request.
             raise Refused(BadFraming("No tunnel begins here."))
         raw_path, _, query = target.partition(b"?")
-        crowded = len(self.tasks) >= guard.limits.open_requests or self.surplus or self.waiting
+        pace = guard.pace
+        crowded = pace.begun >= pace.most or len(self.tasks) >= guard.limits.open_requests or self.surplus or self.waiting
         if crowded and self._turns_away(raw_path, fields, usual=usual):
             return
+        pace.begin(self.loop)
         path = raw_path.decode("ascii")
         scope: Any = {
             "type": "http",
@@ -388,7 +397,8 @@ class GuardedProtocol(HttpToolsProtocol):
         is, by closing the connection, which costs four times as much, and as much again when the client comes with the next one."""
         if len(self.waiting) >= MOST_PIPELINED:
             raise Refused(Busy("Too many requests wait on this connection: send the next after an answer.", retry_after_seconds=1))
-        full = len(self.tasks) >= self.guard.limits.open_requests or self.surplus
+        pace = self.guard.pace
+        full = pace.is_full() or len(self.tasks) >= self.guard.limits.open_requests or self.surplus
         if not full or path in WATCHED:
             return False
         idle = self.running is None and not self.surplus and not self.flow.write_paused and not self.guard.draining
@@ -396,10 +406,23 @@ class GuardedProtocol(HttpToolsProtocol):
         is_call = usual and self.parser.get_method() == b"POST" and b"upgrade" not in fields
         if not (idle and small and is_call and self.parser.should_keep_alive()):
             raise Refused(FULL)
-        self.guard.count_refused(FULL.status, FULL.code or FULL.type)
-        self.transport.write(TOLD_FULL.answer())
+        self._tell_full()
         self._read_body_of(ANSWERED)
         return True
+
+    def _is_told_full(self, data: bytes) -> bool:
+        """Whether it was one whole call, which has been told that there is no room: before anything else is known of it."""
+        idle = self.phase <= IDLE and not self.surplus and not self.flow.write_paused and not self.guard.draining
+        if not (idle and self.guard.calls.is_one(data)):
+            return False
+        self.phase, self.since = IDLE, self.guard.now
+        self._tell_full()
+        return True
+
+    def _tell_full(self) -> None:
+        self.guard.pace.refuse()
+        self.guard.count_refused(FULL.status, FULL.code or FULL.type)
+        self.transport.write(TOLD_FULL.answer())
 
     def _check_room_for_websocket(self) -> None:
         if self.guard.draining:
@@ -555,6 +578,10 @@ class _Onward:
         if not self._first:
             self._connection.on_headers_complete()
         self._first = False
+
+
+def _nothing() -> None:
+    pass
 
 
 def _too_large(url: bytes) -> ApiError:

@@ -19,6 +19,7 @@ from typing import Any, cast
 import uvicorn
 
 from project import supervisor
+from project.acceptor import Acceptor
 from project.env import Env
 from project.guard import Guard, GuardedProtocol, Limits
 from project.watchdog import Watchdog
@@ -77,7 +78,10 @@ class Server(uvicorn.Server):
         self._tick()
         await super().startup(sockets)
         self._tick()
-        for listener in (listener for server in self.servers for listener in server.sockets):
+        listeners = [listener for server in self.servers for listener in server.sockets]
+        self.acceptor = Acceptor([listener.fileno() for listener in listeners], self._protocol)
+        self.guard.was_taken = self.acceptor.was_taken
+        for listener in listeners:
             # Connections inherit it. Else the kernel would take some megabytes for a client that does not read.
             with contextlib.suppress(AttributeError, OSError):  # not on every system
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MOST_UNSENT_BYTES)
@@ -87,6 +91,11 @@ class Server(uvicorn.Server):
         if self.above is not None and self.started:
             asyncio.get_running_loop().add_reader(self.above.life, self._orphaned)
             os.write(self.above.ready, b"1")
+
+    def _protocol(self) -> asyncio.Protocol:
+        """What serves one connection, made as uvicorn makes its own."""
+        made = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
+        return made(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     def _orphaned(self) -> None:
         asyncio.get_running_loop().remove_reader(cast(Above, self.above).life)
@@ -107,6 +116,7 @@ class Server(uvicorn.Server):
         if self.drain_delay:
             log.info("Draining: accepting for %g s more", self.drain_delay)
             await self._pass(self.drain_delay, lambda: False)
+        self.acceptor.close()
         for server in self.servers:
             server.close()
         connections, tasks = self.server_state.connections, self.server_state.tasks

@@ -3,8 +3,7 @@
     python -m tests.loops.overload [--only shed noisy hung] [--seconds 60]
 
 The gateway has one core, load and upstream the other; the upstream is the benchmark's. For L05 it streams for a third of a second, so
-that places are what runs out; `--only shed --model m0/whole` makes the processor run out instead, and then new connections wait in the
-kernel's queue: to refuse them would take the time that others are served in.
+that places are what runs out; `--only shed --model m0/whole` makes the processor run out instead (see `project/pace.py`).
 """
 
 from __future__ import annotations
