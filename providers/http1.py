@@ -90,7 +90,7 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, place: Place, home: Home, room: memoryview) -> None:
         self.place = place
         self._room = room
-        self.free_since = 0.0  # in the loop's time
+        self.free_since = 0.0  # monotonic
         self.touched = False  # a byte of the present answer has come
         self._home = home
         self._transport: asyncio.Transport | None = None
@@ -98,6 +98,7 @@ class Connection(asyncio.BufferedProtocol):
         self._received: list[bytes] = []
         self.on_body = self._received.append
         self._parser = httptools.HttpResponseParser(self)
+        self._loop = asyncio.get_running_loop()
         self._answer: Http1Answer | None = None
         self._paused = False
         self._begin()
@@ -115,7 +116,7 @@ class Connection(asyncio.BufferedProtocol):
         self._begin()
         if self._transport is None or self._transport.is_closing():
             raise httpx.ReadError("The connection was lost.")
-        self._answer = answer = Http1Answer(self, watch)
+        self._answer = answer = Http1Answer(self, watch, self._loop)
         if len(body) <= _SMALL_BYTES:
             self._transport.write(head + body)
         else:
@@ -165,11 +166,12 @@ class Connection(asyncio.BufferedProtocol):
                 self._paused = True
                 self._transport.pause_reading()
             self._received.clear()
+            self._head_bytes = 0
+        else:
+            self._head_bytes += len(data)  # a line without an end, in a head or behind a body, never reaches `on_header`
+            self._out_of_step = self._out_of_step or self._head_bytes > MOST_HEAD_BYTES
         if self._complete:
             return self._finish(answer)
-        if not answer.status:
-            self._head_bytes += len(data)  # a line without an end never reaches `on_header`
-            self._out_of_step = self._out_of_step or self._head_bytes > MOST_HEAD_BYTES
         if self._out_of_step:
             answer.fail(httpx.RemoteProtocolError("The answer is not HTTP, or its head is too large."))
             return self.abort()
@@ -200,14 +202,12 @@ class Connection(asyncio.BufferedProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._fields_seen += 1
-        self._field_bytes += len(name) + len(value)
-        if self._fields_seen > MOST_FIELDS or self._field_bytes > MOST_HEAD_BYTES:
+        if self._fields_seen > MOST_FIELDS:
             raise NotHttp
         answer = self._answer
         if answer is None or answer.status:
             return  # a trailer
-        name = name.lower()
-        fields = answer.fields
+        name, fields = name.lower(), answer.fields
         fields[name] = fields[name] + b", " + value if name in fields else value
 
     def on_headers_complete(self) -> None:
@@ -243,7 +243,7 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.resume_reading()
 
     def _begin(self) -> None:
-        self._head_bytes = self._field_bytes = self._fields_seen = 0
+        self._head_bytes = self._fields_seen = 0
         self.touched = self._interim = self._complete = self._out_of_step = self._until_close = self._keep_alive = False
 
     def _finish(self, answer: Http1Answer) -> None:
@@ -262,9 +262,9 @@ class Connection(asyncio.BufferedProtocol):
 class Http1Answer(Body):
     """One answer, from its first byte to its last. See `exchange.Answer`."""
 
-    __slots__ = ("_connection", "_ended", "_parts", "_problem", "_size", "_waiter", "_watch", "fields", "status")
+    __slots__ = ("_connection", "_ended", "_loop", "_parts", "_problem", "_size", "_waiter", "_watch", "fields", "status")
 
-    def __init__(self, connection: Connection, watch: Watch) -> None:
+    def __init__(self, connection: Connection, watch: Watch, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
         self.status = 0  # until the head is complete
         self.fields: dict[bytes, bytes] = {}
@@ -274,6 +274,7 @@ class Http1Answer(Body):
         self._size = 0
         self._ended = False
         self._problem: httpx.TransportError | None = None
+        self._loop = loop
         self._waiter: asyncio.Future[None] | None = None
 
     # For the connection
@@ -351,7 +352,7 @@ class Http1Answer(Body):
         return data
 
     async def _news(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._loop.create_future()
         try:
             await self._waiter
         finally:

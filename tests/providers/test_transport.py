@@ -265,6 +265,22 @@ async def test_what_is_no_answer_is_refused(wire: bytes):
         await answered(wire)
 
 
+@pytest.mark.parametrize("what", [b"0\r\nX-Endless: ", b"5;endless="], ids=["trailer", "chunk extension"])
+async def test_a_line_without_end_behind_a_body_is_refused_while_it_comes(what: bytes):
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.say(OK + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n" + what + b"a" * 300_000)
+        await peer.gone()
+
+    async with origin(script) as there, transport() as via:
+        answer = await send(via, call(there.url))
+        with pytest.raises(httpx.RemoteProtocolError):
+            async with asyncio.timeout(5):
+                while await anext(answer.chunks()) == b"hello":
+                    pass
+        await answer.close()
+
+
 async def test_a_head_just_within_its_limits_is_taken():
     fields = b"".join(b"X-%d: 1\r\n" % number for number in range(MOST_FIELDS - 1))
     assert await answered(OK + fields + HELLO[17:]) == (200, b"hello")

@@ -135,7 +135,7 @@ async def test_the_second_address_serves_when_the_first_does_not(names: dict[str
 
 
 async def test_an_address_that_never_answers_leaves_time_for_the_next(names: dict[str, Any]):
-    async with origin(answers(HELLO)) as there, transport(timeouts=IMPATIENT) as via:
+    async with origin(answers(HELLO)) as there, transport(timeouts=replace(QUICK, connect_seconds=2)) as via:
         with black_hole(there.port) as (address, port):
             names["two.example"] = [address, "127.0.0.1"]
             assert await fetch(via, call(f"http://two.example:{port}")) == (200, b"hello")

@@ -134,21 +134,27 @@ async def test_a_connection_that_may_be_out_of_step_is_not_used_again(wire: list
 
 
 async def test_a_connection_whose_call_was_cancelled_is_not_used_again():
+    asked, left = asyncio.Event(), asyncio.Event()
+
     async def script(peer: Peer) -> None:
         await peer.request()
-        await asyncio.sleep(0.1)
+        asked.set()
+        await left.wait()
         await peer.say(HELLO)
         await peer.gone()
 
     async with origin(one_by_one(script, answers(HELLO))) as there, transport() as via:
         task = asyncio.create_task(fetch(via, call(there.url)))
-        await asyncio.sleep(0.05)
+        await asked.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        left.set()
         assert await fetch(via, call(there.url)) == (200, b"hello")
-        await asyncio.sleep(0.1)
-        assert (there.connections, there.open) == (2, 1)
+        async with asyncio.timeout(5):
+            while there.open > 1:
+                await asyncio.sleep(0.01)
+        assert there.connections == 2
 
 
 @pytest.mark.parametrize("what", [b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", b"x", b""])
