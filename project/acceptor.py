@@ -19,11 +19,12 @@ MOST_PER_SECOND = 3_000
 
 
 class Acceptor:
-    """Lives in the event loop that serves `listeners`, which it copies. `protocol` makes what serves one connection."""
+    """Lives in the event loop that serves `listeners`, which it copies. `protocol` makes what serves one connection, `room` tells
+    for how many more there are files."""
 
-    def __init__(self, listeners: Iterable[int], protocol: Callable[[], asyncio.BaseProtocol]) -> None:
+    def __init__(self, listeners: Iterable[int], protocol: Callable[[], asyncio.BaseProtocol], room: Callable[[], int]) -> None:
         self._listeners = [socket.socket(fileno=os.dup(fileno)) for fileno in listeners]
-        self._protocol = protocol
+        self._protocol, self._room = protocol, room
         self._tasks: set[asyncio.Task[object]] = set()
         self._taken_at = 0.0  # monotonic; 0 = since the last look none was taken
 
@@ -43,7 +44,7 @@ class Acceptor:
         waited, self._taken_at = time.monotonic() - self._taken_at, 0.0
         loop = asyncio.get_running_loop()
         for listener in self._listeners:
-            for _ in range(LEAST_AT_ONCE + int(waited * MOST_PER_SECOND)):
+            for _ in range(min(LEAST_AT_ONCE + int(waited * MOST_PER_SECOND), self._room() - len(self._tasks))):
                 try:
                     connection, _ = listener.accept()
                 except OSError:

@@ -79,7 +79,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self._tick()
         listeners = [listener for server in self.servers for listener in server.sockets]
-        self.acceptor = Acceptor([listener.fileno() for listener in listeners], self._protocol)
+        self.acceptor = Acceptor([listener.fileno() for listener in listeners], self._protocol, self._room)
         self.guard.was_taken = self.acceptor.was_taken
         for listener in listeners:
             # Connections inherit it. Else the kernel would take some megabytes for a client that does not read.
@@ -96,6 +96,9 @@ class Server(uvicorn.Server):
         """What serves one connection, made as uvicorn makes its own."""
         made = cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class)
         return made(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+    def _room(self) -> int:
+        return 2 * self.guard.limits.connections - len(self.server_state.connections)
 
     def _orphaned(self) -> None:
         asyncio.get_running_loop().remove_reader(cast(Above, self.above).life)

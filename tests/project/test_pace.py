@@ -163,11 +163,12 @@ class Door:
         self.taken: list[int] = []
         self.no_delay: set[int] = set()
         self.turns = 0
+        self.room = count
         self.acceptor: Acceptor
 
     async def serve(self) -> None:
         server = await asyncio.get_running_loop().create_server(lambda: Taken(self), sock=self.listener)
-        self.acceptor = Acceptor([self.listener.fileno()], lambda: Taken(self))
+        self.acceptor = Acceptor([self.listener.fileno()], lambda: Taken(self), lambda: self.room)
         while len(self.taken) < self.count and self.turns < 10 * self.count:
             self.turns += 1
             time.sleep(0.002)
@@ -196,3 +197,14 @@ def test_connections_that_wait_are_taken_many_at_a_turn() -> None:
     assert len(door.taken) == len(clients)
     assert len(set(door.taken)) <= len(clients) / LEAST_AT_ONCE + 2  # alone, libuv takes one at each turn
     assert door.no_delay == {1}
+
+
+def test_no_more_connections_are_taken_together_than_there_is_room_for() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=200) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        clients = [socket.create_connection(listener.getsockname()) for _ in range(20)]
+        door = Door(listener, len(clients))
+        door.room = 0
+        runner.run(door.serve())
+        for client in clients:
+            client.close()
+    assert sorted(set(door.taken)) == sorted(door.taken)  # one at each turn: the server's own
