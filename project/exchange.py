@@ -43,7 +43,6 @@ class Exchange:
         "_head",
         "_left_bytes",
         "_news",
-        "_task",
         "_waiter",
         "_when_client_leaves",
         "body",
@@ -56,6 +55,7 @@ class Exchange:
         "response_complete",
         "response_started",
         "scope",
+        "task",
         "tasks",
         "transport",
         "waiting_for_100_continue",
@@ -87,8 +87,8 @@ class Exchange:
     # For the connection
 
     def run(self, app: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._task = loop.create_task(self._run(app))
-        self.tasks.add(self._task)
+        self.task = loop.create_task(self._run(app))
+        self.tasks.add(self.task)
 
     def wake(self) -> None:
         """Something has changed that `receive` may wait for."""
@@ -154,11 +154,27 @@ class Exchange:
     def say(self, status: int, headers: Headers, body: bytes) -> bool:
         if self.disconnected:
             return True
-        if self.flow.write_paused or self.response_started:
+        if self.flow.write_paused or self.response_started or self.scope["method"] == "HEAD":
             return False
-        self._begin(status, headers)
-        self._go_on(body, more=False)
+        self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (self._fields(status, headers), len(body), body))
+        self._end()
         return True
+
+    def begin(self, status: int, headers: Headers) -> bool:
+        if self.disconnected:
+            return True
+        if self.flow.write_paused or self.response_started or self.scope["method"] == "HEAD":
+            return False
+        self._head = self._fields(status, headers) + b"transfer-encoding: chunked\r\n\r\n"
+        self._chunked = True
+        return True
+
+    def _fields(self, status: int, headers: Headers) -> bytes:
+        """The lines of a head that say nothing of its framing, which begins the answer."""
+        fields = b"".join([b"%b: %b\r\n" % field for field in headers])
+        _check_lines(fields, len(headers))
+        self.response_started = True
+        return b"%b%b%b" % (STATUS_LINE[status], fields, b"" if self.keep_alive else b"connection: close\r\n")
 
     def go_on(self, body: bytes, *, more: bool) -> bool:
         if self.disconnected:
@@ -169,28 +185,27 @@ class Exchange:
         return True
 
     def _begin(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        self.response_started = True
         self.waiting_for_100_continue = False
         has_length = closes = False
         lines = [STATUS_LINE[status]]
-        for name, value in headers:
-            if what := _framing(name):
+        for field in headers:
+            if what := _framing(field[0]):
+                value = field[1]
                 if what == b"content-length":
                     self._left_bytes, has_length = int(value), True
                 elif what == b"transfer-encoding":
                     continue  # how it is framed is ours to say
                 elif b"close" in value.lower():
                     self.keep_alive, closes = False, True
-            lines.append(name + b": " + value + b"\r\n")
+            lines.append(b"%b: %b\r\n" % field)
         if not self.keep_alive and not closes:
             lines.append(b"connection: close\r\n")
         if not has_length and status not in _WITHOUT_BODY and self.scope["method"] != "HEAD":
             self._chunked = True
             lines.append(b"transfer-encoding: chunked\r\n")
         head = b"".join(lines)
-        if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
-            self.response_started = False
-            raise RuntimeError("A header of the answer has a line break in it.")
+        _check_lines(head, len(lines))
+        self.response_started = True
         self._head = head + b"\r\n"
 
     def _go_on(self, body: bytes, *, more: bool) -> None:
@@ -213,6 +228,9 @@ class Exchange:
             return
         if self._left_bytes:
             raise RuntimeError("The answer is shorter than it was announced.")
+        self._end()
+
+    def _end(self) -> None:
         self.response_complete = True
         self.wake()
         if not self.keep_alive:
@@ -235,7 +253,7 @@ class Exchange:
             self.on_response = _nothing
             self._when_client_leaves = None
             self.scope.pop("extensions", None)
-            self.tasks.discard(self._task)
+            self.tasks.discard(self.task)
 
     def fail(self, problem: ApiError) -> None:
         """Say so if nothing has been said yet; otherwise the missing end of the answer says it."""
@@ -276,6 +294,12 @@ class UnusualExchange(Exchange):
             self._left_bytes = len(body)
         super()._go_on(body, more=more)
 
+    def say(self, status: int, headers: Headers, body: bytes) -> bool:
+        return False
+
+    def begin(self, status: int, headers: Headers) -> bool:
+        return False
+
 
 class Answered(Exchange):
     """Stands for any request that has had its whole answer when no more than its head was read: its body is read and forgotten."""
@@ -313,6 +337,12 @@ def _error_answer(problem: ApiError, request_id: str, more: str) -> bytes:
     if problem.retry_after_seconds is not None:
         head += f"retry-after: {problem.retry_after_seconds:g}\r\n"
     return STATUS_LINE[problem.status] + f"{head}{more}\r\n".encode() + body
+
+
+def _check_lines(head: bytes, count: int) -> None:
+    """Raises RuntimeError where a header line holds another one."""
+    if head.count(b"\n") != count or head.count(b"\r") != count or b"\0" in head:
+        raise RuntimeError("A header of the answer has a line break in it.")
 
 
 @lru_cache(maxsize=256)

@@ -491,13 +491,15 @@ class Shape:
         before, behind, length = self._before, self._behind, len(self._before)
         # A line may end in CR as well: such an event is looked at.
         odd = whole.find(b"\r", at)
+        most = odd if odd >= 0 else len(whole)
         events, end = 0, at
         while whole.startswith(before, end):
             # JSON has no line breaks within a string: the first one ends the event, and a second follows it.
             after = whole.find(b"\n", end + length) + 2
-            if not whole.endswith(behind, end + length, after) or 0 <= odd < after:
+            if after > most or not whole.endswith(behind, end + length, after):
                 break
-            events, end = events + 1, after
+            events += 1
+            end = after
         return events, end
 
 

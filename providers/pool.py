@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 
 import httpx
@@ -95,7 +96,7 @@ class Pool:
             self._queue.pop(given)
             return given.set_result(connection)
         free = self._free.setdefault(connection.place, [])
-        connection.free_since = asyncio.get_running_loop().time()
+        connection.free_since = time.monotonic()
         free.append(connection)
         if len(free) > MOST_IDLE or self._closed:
             self._end(free.pop(0))
@@ -112,7 +113,7 @@ class Pool:
     # In the course of time
 
     def end_idle(self, before: float) -> None:
-        """End what has been free since `before`, in the loop's time."""
+        """End what has been free since `before`, monotonic seconds."""
         for place, free in list(self._free.items()):
             while free and free[0].free_since <= before:
                 self._end(free.pop(0))

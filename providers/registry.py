@@ -25,6 +25,7 @@ def _all() -> dict[str, Adapter]:
     return {cls.name: cls() for cls in sorted(classes, key=lambda cls: cls.name)}
 
 
+@cache
 def adapter(name: str) -> Adapter:
     """Raises KeyError for a kind that no adapter speaks."""
     return _all()[name]

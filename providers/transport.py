@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from functools import partial
@@ -158,9 +159,9 @@ class PooledTransport(httpx.AsyncBaseTransport):
         raise problem
 
     def _sweep(self) -> None:
-        loop = asyncio.get_running_loop()
+        before = time.monotonic() - self._idle_seconds
         for origin, pool in list(self._pools.items()):
-            pool.end_idle(loop.time() - self._idle_seconds)
+            pool.end_idle(before)
             if not pool.taken:
                 del self._pools[origin]
         self._sweep_timer = None

@@ -63,6 +63,13 @@ class Head(msgspec.Struct):
         """The most output tokens that the client allows, or None."""
         return None
 
+    def streams(self) -> bool:
+        return bool(self.stream)
+
+    def wants_usage(self) -> bool:
+        """Whether the stream is to end with an event that says how many tokens it took."""
+        return False
+
     def missing(self) -> str | None:
         """The name of a required parameter that was not sent."""
         return None
@@ -100,6 +107,9 @@ class ChatHead(Head):
     def choices(self) -> int:
         return max(1, self.n or 1)
 
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
 
 class CompletionHead(Head):
     prompt: str | list[Any] | None = None
@@ -117,6 +127,9 @@ class CompletionHead(Head):
 
     def choices(self) -> int:
         return max(1, self.n or 1, self.best_of or 1)
+
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class EmbeddingsHead(Head):
@@ -171,6 +184,9 @@ class SpeechHead(Head):
     voice: str | dict[str, Any] | None = None
     stream_format: str | None = None
 
+    def streams(self) -> bool:
+        return bool(self.stream) or self.stream_format == "sse"
+
     def missing(self) -> str | None:
         return "input" if self.input is None else "voice" if self.voice is None else None
 
@@ -178,10 +194,13 @@ class SpeechHead(Head):
 # What we read of answers
 
 
-class Details(msgspec.Struct):
+class Details(msgspec.Struct, frozen=True):
     cached_tokens: Number | None = None
     cache_write_tokens: Number | None = None
     reasoning_tokens: Number | None = None
+
+
+_NO_DETAILS = Details()
 
 
 class Usage(msgspec.Struct):
@@ -220,12 +239,14 @@ class Usage(msgspec.Struct):
         prompt, completion = _within(prompt, MOST_TOKENS), _within(completion, MOST_TOKENS)
         if self.has_no_details():
             return Tokens(prompt, 0, 0, completion, 0)
-        before = self.prompt_tokens_details or self.input_tokens_details or Details()
-        after = self.completion_tokens_details or self.output_tokens_details or Details()
-        said_cached = (before.cached_tokens, self.prompt_cache_hit_tokens, self.cached_tokens)
-        cached = _within(next((count for count in said_cached if count is not None), None), prompt)
-        written = _within(before.cache_write_tokens, prompt - cached)
-        reasoning = _within(after.reasoning_tokens, completion)
+        before = self.prompt_tokens_details or self.input_tokens_details or _NO_DETAILS
+        after = self.completion_tokens_details or self.output_tokens_details or _NO_DETAILS
+        said_cached = before.cached_tokens
+        if said_cached is None:
+            said_cached = self.cached_tokens if self.prompt_cache_hit_tokens is None else self.prompt_cache_hit_tokens
+        cached = _within(said_cached, prompt) if said_cached else 0
+        written = _within(before.cache_write_tokens, prompt - cached) if before.cache_write_tokens else 0
+        reasoning = _within(after.reasoning_tokens, completion) if after.reasoning_tokens else 0
         return Tokens(
             fresh_input=prompt - cached - written,
             cache_read=cached,

@@ -29,6 +29,7 @@ LINE = "sluice.line"
 class Line(Protocol):
     """What our own server can do for one request beyond ASGI: the same, without a message and a coroutine for each step."""
 
+    task: asyncio.Task[Any]  # that serves it
     fields: dict[bytes, bytes]  # the request's headers by lower-case name; a repeated one is joined with a comma
 
     def whole_body(self) -> bytes | None:
@@ -38,7 +39,10 @@ class Line(Protocol):
         """Call this once when the client goes away before it has had its answer; at once if it has gone already."""
 
     def say(self, status: int, headers: Headers, body: bytes) -> bool:
-        """A whole answer. False: the client does not keep up, so it has to be sent as messages, which wait."""
+        """A whole answer; `headers` say nothing of its length. False: it has to be sent as messages, which wait for a client."""
+
+    def begin(self, status: int, headers: Headers) -> bool:
+        """The head of an answer whose length nobody knows yet; it leaves with the first piece. False as above."""
 
     def go_on(self, body: bytes, *, more: bool) -> bool:
         """The next piece of an answer that has begun. False as above."""

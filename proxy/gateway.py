@@ -93,6 +93,8 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/compat/openai-worker": Endpoint("chat/completions", wire.ChatHead, seed=True),
 }
 
+MODEL = "/v1/models/"
+
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
@@ -331,10 +333,9 @@ class GatewayBug(GatewayError):
 
 def find_endpoint(incoming: Incoming) -> tuple[Endpoint, str]:
     """The line of the table for this path, and the id for `/v1/models/ID`. Raises UnknownPath, WrongMethod."""
-    path, model_id = incoming.path, ""
-    if path.startswith("/v1/models/") and len(path) > len("/v1/models/"):
-        path, model_id = "/v1/models", incoming.path[len("/v1/models/") :]
-    endpoint = ENDPOINTS.get(path)
+    endpoint, model_id = ENDPOINTS.get(incoming.path), ""
+    if endpoint is None and incoming.path.startswith(MODEL) and len(incoming.path) > len(MODEL):
+        endpoint, model_id = ENDPOINTS["/v1/models"], incoming.path[len(MODEL) :]
     if endpoint is None:
         raise UnknownPath(f"Invalid URL ({incoming.method} {incoming.path[:200]})")
     if incoming.method != endpoint.method:
@@ -354,7 +355,7 @@ def incoming_of(scope: Scope, receive: Receive, site: Site) -> Incoming:
         headers=headers,
         address=client_address(scope, headers, site),
         receive=receive,
-        task=asyncio.current_task(),
+        task=asyncio.current_task() if line is None else line.task,
         line=line,
     )
     if b"x-upstream-key" in headers or b"x-openai-key" in headers:

@@ -98,10 +98,11 @@ class Metrics(Struct):
         else:
             tally.cost += cost
         tally.fresh_input += tokens.fresh_input
-        tally.cache_read += tokens.cache_read
-        tally.cache_write += tokens.cache_write
         tally.output += tokens.output
-        tally.reasoning += tokens.reasoning
+        if tokens.cache_read or tokens.cache_write or tokens.reasoning:
+            tally.cache_read += tokens.cache_read
+            tally.cache_write += tokens.cache_write
+            tally.reasoning += tokens.reasoning
         waited = outcome.waited_until(now)
         duration = now - outcome.read_at
         put(tally.duration, WAITING, duration)

@@ -18,6 +18,8 @@ from asgiref.sync import async_to_sync
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
+from providers import registry
+from providers.adapter import Adapter
 from tests import migrated
 from tests.migrated import POSTGRES_URL
 from tests.serving import Sluice, running
@@ -166,6 +168,18 @@ def postgres_database(*, empty: bool = False) -> Iterator[str]:
 
 
 # Simulated upstreams
+
+
+@pytest.fixture
+def speak(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Adapter], None]]:
+    """Have an adapter of the test's own speak for a kind: `speak("openai", Picky())`."""
+
+    def put(name: str, adapter: Adapter) -> None:
+        monkeypatch.setitem(registry._all(), name, adapter)
+        registry.adapter.cache_clear()
+
+    yield put
+    registry.adapter.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -34,10 +34,10 @@ async def admit(
 ) -> Admission:
     """Hold what the call may use and write it down. Raises OverLimit, OverBudget, UnpricedModel, Unavailable."""
     estimate = estimated_input(asked.size)
-    request_id = incoming.id
+    request_id, model = incoming.id, redact.name(asked.model)  # a client may have put its key there
     outcome.granted = await limits.reserve(hold_of(request_id, incoming.at, principal, asked, targets, catalog))
     try:
-        write_down(incoming, principal, asked, targets[0], estimate, catalog, journal)
+        write_down(incoming, principal, asked, model, targets[0], estimate, catalog, journal)
     except BaseException:
         limits.settle(request_id, 0, 0)
         raise
@@ -46,7 +46,7 @@ async def admit(
         at_ms=incoming.at_ms,
         principal=principal,
         endpoint=asked.endpoint,
-        model=redact.name(asked.model),
+        model=model,
         stream=asked.stream,
         input_estimate=estimate,
         started=time.monotonic(),
@@ -69,7 +69,7 @@ def hold_of(request_id: str, at: float, principal: Principal, asked: Asked, targ
 
 
 def write_down(
-    incoming: Incoming, principal: Principal, asked: Asked, first: Target, estimate: int, catalog: Catalog, journal: Journal
+    incoming: Incoming, principal: Principal, asked: Asked, model: str, first: Target, estimate: int, catalog: Catalog, journal: Journal
 ) -> None:
     """No record, no call. Raises Unavailable when the journal takes no more."""
     price = catalog.prices.find(first.public_model, incoming.at)
@@ -82,7 +82,7 @@ def write_down(
                 team=principal.team_id,
                 user=principal.user_id,
                 key=principal.key_id,
-                model=redact.name(asked.model),  # a client may have put its key there
+                model=model,
                 endpoint=asked.endpoint,
                 stream=asked.stream,
                 input_estimate=estimate,
@@ -107,14 +107,12 @@ def estimated_input(size: int) -> int:
 def pictures_in(body: Json) -> int:
     """How many pictures a chat or a response is asked about."""
     messages = body.get("messages") or body.get("input")
-    return sum(_pictures_of(message) for message in messages) if isinstance(messages, list) else 0
-
-
-def _pictures_of(message: object) -> int:
-    parts = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(parts, list):
-        return 0
-    return sum(isinstance(part, dict) and part.get("type") in ("image_url", "input_image") for part in parts)
+    pictures = 0
+    for message in messages if isinstance(messages, list) else ():
+        parts = message.get("content") if isinstance(message, dict) else None
+        if isinstance(parts, list):
+            pictures += sum(isinstance(part, dict) and part.get("type") in ("image_url", "input_image") for part in parts)
+    return pictures
 
 
 def dearest(targets: Sequence[Target], catalog: Catalog, at: float, size: int, output: int) -> int | None:

@@ -56,24 +56,24 @@ def check_not_frozen(principal: Principal) -> None:
 
 def presented_key(headers: dict[bytes, bytes]) -> str:
     """The one key that the headers carry. A key in a query or a cookie is never looked at."""
-    found: set[str] = set()
+    key = ""
     for name in HEADERS:
         if name not in headers:
             continue
         value = headers[name].decode("latin-1").strip()
         if value and name == b"authorization":
             scheme, _, value = value.partition(" ")
-            if scheme.lower() != "bearer":
+            if scheme != "Bearer" and scheme.lower() != "bearer":
                 raise Unauthenticated("Send your key as 'Authorization: Bearer …'.")
-        if value.strip():
-            found.add(value.strip())
-    if len(found) > 1:
-        raise InvalidRequest(
-            "Two different keys were sent: use one of Authorization, x-api-key and x-goog-api-key.", code="conflicting_credentials"
-        )
-    if not found:
+            value = value.lstrip()
+        if key and value and value != key:
+            raise InvalidRequest(
+                "Two different keys were sent: use one of Authorization, x-api-key and x-goog-api-key.", code="conflicting_credentials"
+            )
+        key = value or key
+    if not key:
         raise Unauthenticated("You didn't provide an API key. Send it in an Authorization header: 'Authorization: Bearer YOUR_KEY'.")
-    return found.pop()
+    return key
 
 
 def _comes_from(address: str, principal: Principal) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from providers.adapter import Reader
 from providers.secrets import redact
 from providers.wire import ApiError, Json, encode_json, event
-from proxy.call import Granted, Headers, Line, Message, Send
+from proxy.call import Granted, Headers, Line, Message, Room, Send
 from proxy.errors import WrongMethod
 
 HEARTBEAT = b": keep-alive\n\n"
@@ -18,6 +18,7 @@ MOST_HELD_BYTES = 256 << 10
 
 _OF_REQUESTS = (b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests")
 _OF_TOKENS = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
+_OF_STREAMS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 Wait = Callable[[], Awaitable[None]]
 
 
@@ -48,10 +49,10 @@ class Reply:
 
     def rates(self, granted: Granted) -> None:
         """From now on every answer says what is left of the caller's limits per minute."""
-        for names, room in ((_OF_REQUESTS, granted.requests), (_OF_TOKENS, granted.tokens)):
-            if room is not None:
-                values = b"%d" % room.limit, b"%d" % room.remaining, _duration(room.reset_seconds)
-                self._headers += zip(names, values, strict=True)
+        if granted.requests is not None:
+            self._headers += _said_of(_OF_REQUESTS, granted.requests)
+        if granted.tokens is not None:
+            self._headers += _said_of(_OF_TOKENS, granted.tokens)
 
     async def whole(
         self,
@@ -66,14 +67,14 @@ class Reply:
         self.quiet()
         if not content_type.isprintable():
             content_type = "application/octet-stream"  # an upstream's word, which must not begin a header of its own
-        head = [(b"content-type", content_type.encode("latin-1", "replace")), (b"content-length", b"%d" % len(body))]
-        if before_closing is not None:
-            head.append((b"connection", b"close"))
-        self.started = self.content_sent = True
-        head += self._headers
+        head = [(b"content-type", content_type.encode("latin-1", "replace")), *self._headers]
         if headers:
             head += headers
+        self.started = self.content_sent = True
         if self._line is None or before_closing is not None or not self._line.say(status, head, body):
+            head.append((b"content-length", b"%d" % len(body)))
+            if before_closing is not None:
+                head.append((b"connection", b"close"))
             await self._send({"type": "http.response.start", "status": status, "headers": head})
             await self._send({"type": "http.response.body", "body": body, "more_body": before_closing is not None})
             if before_closing is not None:
@@ -145,8 +146,9 @@ class Reply:
         if self.started:
             return
         self.started = True
-        head = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-        await self._send({"type": "http.response.start", "status": 200, "headers": head + self._headers})
+        head = [*_OF_STREAMS, *self._headers]
+        if self._line is None or not self._line.begin(200, head):
+            await self._send({"type": "http.response.start", "status": 200, "headers": head})
 
     async def _body(self, data: bytes, *, more: bool) -> None:
         if self._heartbeat is not None:
@@ -189,6 +191,11 @@ def _said(problem: ApiError) -> Json:
     body = problem.body()
     body["error"]["message"] = redact(body["error"]["message"])
     return body
+
+
+def _said_of(names: tuple[bytes, bytes, bytes], room: Room) -> Headers:
+    limit, remaining, reset = names
+    return [(limit, b"%d" % room.limit), (remaining, b"%d" % room.remaining), (reset, _duration(room.reset_seconds))]
 
 
 def _duration(seconds: float) -> bytes:

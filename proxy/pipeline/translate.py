@@ -64,7 +64,7 @@ def read(
         raise InvalidRequest("This is longer than any model's name.", param="model", code="invalid_model")
     if missing := fields.missing():
         raise InvalidRequest(f"Missing required parameter: '{missing}'.", param=missing, code="missing_required_parameter")
-    stream = bool(fields.stream) or getattr(fields, "stream_format", None) == "sse"
+    stream = fields.streams()
     if stream and endpoint not in STREAMS:
         raise InvalidRequest("This endpoint has no streams.", param="stream", code="unsupported_parameter")
     return Asked(endpoint=endpoint, head=fields, body=body, size=len(raw), model=model, stream=stream)
@@ -131,13 +131,12 @@ def that_have(targets: Sequence[Target], endpoint: str) -> list[Target]:
 
 
 def ask_of(asked: Asked, incoming: Incoming, target: Target, learned: dict[str, str], *, add_usage_option: bool) -> Ask:
-    options = getattr(asked.head, "stream_options", None)
     ask = Ask(
         endpoint=asked.endpoint,
         body=asked.body,
         stream=asked.stream,
         request_id=incoming.id,
-        client_wants_usage=bool(options and options.include_usage),
+        client_wants_usage=asked.head.wants_usage(),
         add_usage_option=add_usage_option,
         learned=learned,
     )

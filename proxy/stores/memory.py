@@ -55,7 +55,7 @@ class MemoryLimits:
             if not isinstance(gate, MoneyGate):
                 taken = [one for one in taken if one is not gate]
         for gate in taken:
-            gate.take(hold, now)
+            gate.take(hold)
         self._holds[hold.request_id] = hold, taken
         return _left(gates, now, tuple(shadowed))
 
@@ -141,7 +141,8 @@ class Gate:
     def refusal(self, hold: Hold, now: float) -> ApiError | None:
         raise NotImplementedError
 
-    def take(self, hold: Hold, now: float) -> None:
+    def take(self, hold: Hold) -> None:
+        """Right after it was asked and did not refuse, or need not be heeded: what it has just worked out is still true."""
         raise NotImplementedError
 
     def settle(self, hold: Hold, tokens: int | None, now: float) -> None:
@@ -159,7 +160,7 @@ class Arrival:
 
 
 class RateGate(Gate):
-    __slots__ = ("amount", "arrival", "by_tokens", "each_seconds")
+    __slots__ = ("_then", "amount", "arrival", "by_tokens", "each_seconds")
 
     def __init__(self, limit: Limit, arrival: Arrival) -> None:
         super().__init__(limit)
@@ -167,32 +168,34 @@ class RateGate(Gate):
         self.amount = limit.amount
         self.by_tokens = limit.metric == "tpm"
         self.each_seconds = MINUTE / limit.amount if limit.amount else 0.0
+        self._then = 0.0  # when the next request would arrive if the one that asked is let in
 
     def refusal(self, hold: Hold, now: float) -> ApiError | None:
         if not self.amount:
             return over_rate(self.limit, MINUTE)
         at = self.arrival.at
-        wait = (at if at > now else now) + self._cost(hold) * self.each_seconds - now - MINUTE
-        if wait <= 1e-6:
-            return None
-        return over_rate(self.limit, wait)
+        self._then = (at if at > now else now) + (self._cost(hold) if self.by_tokens else 1) * self.each_seconds
+        wait = self._then - now - MINUTE
+        return over_rate(self.limit, wait) if wait > 1e-6 else None
 
-    def take(self, hold: Hold, now: float) -> None:
-        at = self.arrival.at
-        self.arrival.at = (at if at > now else now) + self._cost(hold) * self.each_seconds
+    def take(self, hold: Hold) -> None:
+        self.arrival.at = self._then
 
     def room(self, now: float) -> Room:
-        ahead = max(0.0, self.arrival.at - now)
+        ahead = self.arrival.at - now
+        if ahead <= 0.0:
+            return Room(self.amount, self.amount, 0.0)
         left = int((MINUTE - ahead) / self.each_seconds + 1e-6) if self.amount else 0
-        return Room(self.amount, max(0, left), ahead)
+        return Room(self.amount, left if left > 0 else 0, ahead)
 
     def settle(self, hold: Hold, tokens: int | None, now: float) -> None:
         if self.by_tokens and tokens is not None:
             self.arrival.at += (tokens - self._cost(hold)) * self.each_seconds
 
     def _cost(self, hold: Hold) -> int:
+        """In tokens."""
         # A request larger than a whole minute's allowance may still pass when nothing else does.
-        return min(hold.tokens, self.amount) if self.by_tokens else 1
+        return hold.tokens if hold.tokens < self.amount else self.amount
 
 
 class OpenGate(Gate):
@@ -207,7 +210,7 @@ class OpenGate(Gate):
             return None
         return over_open(self.limit)
 
-    def take(self, hold: Hold, now: float) -> None:
+    def take(self, hold: Hold) -> None:
         self.open[self.limit.scope] = self.open.get(self.limit.scope, 0) + 1
 
     def settle(self, hold: Hold, tokens: int | None, now: float) -> None:
@@ -219,37 +222,36 @@ class OpenGate(Gate):
 
 
 class MoneyGate(Gate):
-    __slots__ = ("budget", "held", "spent")
+    __slots__ = ("_counter", "budget", "held", "spent")
 
     def __init__(self, limit: Limit, spent: Counters, held: Counters) -> None:
         super().__init__(limit)
         self.spent, self.held = spent, held
         self.budget = budget_of(limit)
+        self._counter = self.budget, 0.0
 
     def refusal(self, hold: Hold, now: float) -> ApiError | None:
+        self._counter = counter = self.budget, window_start(self.budget[1], self.budget[2], hold.at)
         if hold.money is None:
             return no_price()
-        counter, limit = self._counter(hold), self.limit
+        limit = self.limit
         if self.spent.get(counter, 0) + self.held.get(counter, 0) + hold.money <= limit.amount:
             return None
         return over_budget(limit)
 
-    def take(self, hold: Hold, now: float) -> None:
-        self._hold_more(hold, hold.money or 0)
+    def take(self, hold: Hold) -> None:
+        if hold.money:
+            self.held[self._counter] = self.held.get(self._counter, 0) + hold.money
 
     def settle(self, hold: Hold, tokens: int | None, now: float) -> None:
-        self._hold_more(hold, -(hold.money or 0))
-
-    def _counter(self, hold: Hold) -> tuple[Budget, float]:
-        return self.budget, window_start(self.budget[1], self.budget[2], hold.at)
-
-    def _hold_more(self, hold: Hold, money: int) -> None:
-        counter = self._counter(hold)
-        total = self.held.get(counter, 0) + money
-        if total:
-            self.held[counter] = total
+        if not hold.money:
+            return
+        counter = self.budget, window_start(self.budget[1], self.budget[2], hold.at)
+        left = self.held[counter] - hold.money
+        if left:
+            self.held[counter] = left
         else:
-            self.held.pop(counter, None)
+            del self.held[counter]
 
 
 def _left(gates: Iterable[Gate], now: float, shadowed: tuple[str, ...] = ()) -> Granted:
@@ -257,7 +259,7 @@ def _left(gates: Iterable[Gate], now: float, shadowed: tuple[str, ...] = ()) -> 
     requests: Room | None = None
     tokens: Room | None = None
     for gate in gates:
-        if not isinstance(gate, RateGate) or not gate.enforce:
+        if type(gate) is not RateGate or not gate.enforce:
             continue
         room = gate.room(now)
         if gate.by_tokens:

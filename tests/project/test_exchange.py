@@ -134,9 +134,10 @@ async def test_nothing_of_a_request_is_left_to_the_garbage_collector():
 
 
 async def test_what_is_said_directly_is_what_messages_say():
-    fields = [(b"content-length", b"2"), (b"x-request-id", b"7")]
+    fields = [(b"x-request-id", b"7")]
+    framed = [*fields, (b"content-length", b"2")]
     by_messages = await served(
-        whole({"type": "http.response.start", "status": 429, "headers": fields}, {"type": "http.response.body", "body": b"no"})
+        whole({"type": "http.response.start", "status": 429, "headers": framed}, {"type": "http.response.body", "body": b"no"})
     )
 
     async def directly(scope: Any, receive: Any, send: Any) -> None:
@@ -153,24 +154,34 @@ async def test_a_stream_may_go_on_directly():
     async def directly(scope: Any, receive: Any, send: Any) -> None:
         line = scope["extensions"][LINE]
         assert not line.go_on(b"too early", more=True)
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        assert line.begin(200, [(b"x-request-id", b"7")])
+        assert not line.begin(200, [])
         assert line.go_on(b"a", more=True)
         assert line.go_on(b"", more=False)
         assert not line.go_on(b"too late", more=False)
 
     connection = await served(directly)
-    assert connection.transport.writes[0].endswith(b"\r\n\r\n1\r\na\r\n")
-    assert connection.transport.writes[1:] == [b"0\r\n\r\n"]
+    head = b"HTTP/1.1 200 OK\r\nx-request-id: 7\r\ntransfer-encoding: chunked\r\n\r\n"
+    assert connection.transport.writes == [head + b"1\r\na\r\n", b"0\r\n\r\n"]
+
+
+@pytest.mark.parametrize("value", [b"a\r\nset-cookie: b", b"a\nb", b"a\0b"])
+async def test_what_is_said_directly_cannot_hold_another_header_either(value: bytes):
+    one = exchange(Connection())
+    for say in (lambda: one.say(200, [(b"x", value)], b""), lambda: one.begin(200, [(b"x", value)])):
+        with pytest.raises(RuntimeError):
+            say()
+    assert not one.response_started
 
 
 async def test_a_client_that_does_not_keep_up_is_waited_for():
     connection = Connection()
     one = exchange(connection)
     connection.flow.pause_writing()
-    assert not one.say(200, [(b"content-length", b"2")], b"ok")
+    assert not one.say(200, [], b"ok")
     assert not connection.transport.writes
     connection.flow.resume_writing()
-    assert one.say(200, [(b"content-length", b"2")], b"ok")
+    assert one.say(200, [], b"ok")
     assert connection.transport.writes
 
 
@@ -178,7 +189,7 @@ async def test_what_is_said_to_a_client_that_has_gone_goes_nowhere():
     connection = Connection()
     one = exchange(connection)
     one.leave()
-    assert one.say(200, [(b"content-length", b"2")], b"ok")
+    assert one.say(200, [], b"ok")
     assert one.go_on(b"x", more=True)
     assert not connection.transport.writes
 

@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 from django.conf import settings
 
-from providers import registry
 from providers.actions import add_credential
+from providers.adapter import Adapter
 from providers.models import Credential
 from tests.upstreams.oauth_server import OAuthUpstream
 from tests.upstreams.passport import Passport, file_of
 
 
 @pytest.fixture
-def passport() -> Iterator[Passport]:
+def passport(speak: Callable[[str, Adapter], None]) -> Passport:
     """The kind is known while the test runs."""
-    adapter = registry._all()["passport"] = Passport()
-    yield adapter
-    del registry._all()["passport"]
+    adapter = Passport()
+    speak("passport", adapter)
+    return adapter
 
 
 @pytest.fixture

@@ -253,8 +253,8 @@ class TwoDoors(OpenAI):
 
 
 @pytest.fixture
-def two_doors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry._all(), "openai", TwoDoors())
+def two_doors(speak):
+    speak("openai", TwoDoors())
 
 
 @pytest.mark.usefixtures("two_doors")

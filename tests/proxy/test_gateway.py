@@ -14,7 +14,6 @@ import pytest
 from msgspec import structs
 
 from accounts.principal import Limit, Principal, digest, mint
-from providers import registry
 from providers.adapter import Target
 from providers.adapters.openai import OpenAI
 from providers.clock import Timeouts
@@ -509,7 +508,7 @@ async def test_a_refusal_that_only_quotes_the_client_costs_nobody_the_usage_opti
 @pytest.mark.parametrize(
     ("without", "status", "sent"), [({"thinks": "yes"}, 200, 2), ({"thinks": "yes", "stubborn": 1}, 400, 2), ({}, 200, 1)]
 )
-async def test_an_option_that_may_be_left_out_is_left_out_once_where_it_is_refused(tmp_path, monkeypatch, without, status, sent):
+async def test_an_option_that_may_be_left_out_is_left_out_once_where_it_is_refused(tmp_path, speak, without, status, sent):
     class Picky(OpenAI):
         def request(self, ask, target):
             body = {name: value for name, value in ask.body.items() if name not in ask.left_out}
@@ -518,7 +517,7 @@ async def test_an_option_that_may_be_left_out_is_left_out_once_where_it_is_refus
         def failure(self, target, status, headers, body):
             return OptionRefused("This model always thinks.", option="thinks")
 
-    monkeypatch.setitem(registry._all(), "openai", Picky())
+    speak("openai", Picky())
     refused = {"thinks", "stubborn"}
     house = House(tmp_path, lambda request: whole({}, 400) if refused & json.loads(request.content).keys() else whole(ANSWER))
 

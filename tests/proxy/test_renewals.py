@@ -13,7 +13,6 @@ import httpx
 import pytest
 from msgspec import structs
 
-from providers import registry
 from providers.adapters.openai import OpenAI
 from providers.failures import CredentialRefused, NotRenewed, OptionRefused
 from providers.oauth import Access, Lease
@@ -297,7 +296,7 @@ async def test_a_callers_own_key_is_not_renewed(house, vendor):
     assert (vendor.renewals, tokens_of(one)) == ([], ["their-own-key"])
 
 
-async def test_an_option_that_is_left_out_goes_out_again_with_the_renewed_token(house, vendor, monkeypatch):
+async def test_an_option_that_is_left_out_goes_out_again_with_the_renewed_token(house, vendor, speak):
     class Picky(OpenAI):
         def request(self, ask, target):
             body = {name: value for name, value in ask.body.items() if name not in ask.left_out}
@@ -306,7 +305,7 @@ async def test_an_option_that_is_left_out_goes_out_again_with_the_renewed_token(
         def failure(self, target, status, headers, body):
             return OptionRefused("Not this.", option="thinks") if status == 400 else super().failure(target, status, headers, body)
 
-    monkeypatch.setitem(registry._all(), "openai", Picky())
+    speak("openai", Picky())
     answer = vendor.answer
     vendor.answer = lambda request: fails(400) if "thinks" in json.loads(request.content) else answer(request)
     one = house(left=-1)
