@@ -145,10 +145,6 @@ class ChatReader(Reader):
         self._out.append(wire.DONE)
 
     @property
-    def has_reason(self) -> bool:
-        return self._reason is not None
-
-    @property
     def has_calls(self) -> bool:
         return bool(self._calls)
 

@@ -94,6 +94,10 @@ class Clock:
         """Our turn, or the client's: only the total counts."""
         self.deadline = self._total_at
 
+    def served(self) -> None:
+        """The call has come to its good end: nothing that is late from now on is its failure."""
+        self._overseer.clocks.discard(self)
+
     def ring(self) -> None:
         """It is late: what is under way is cancelled."""
         self._overseer.clocks.discard(self)

@@ -301,6 +301,7 @@ class Gateway:
                         outcome.tokens, outcome.output_estimate = reader.tokens, reader.estimated_output()
                         outcome.complete = reader.finished
                         outcome.heard = time.monotonic()
+                    clock.served()
                     await upstream.farewell(response, chunks)
                 else:
                     body = await upstream.whole_body(response)

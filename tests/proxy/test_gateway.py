@@ -321,6 +321,14 @@ async def test_silence_is_bridged_by_comments_and_ended_by_the_clock(tmp_path):
     assert house.settled().status == 502
 
 
+async def test_a_stream_that_is_whole_is_no_failure_when_its_upstream_does_not_end_in_time(tmp_path):
+    quick = Timeouts(0.01, 0.02, 0.1, 0.4, 0.3, 0.05)  # all of it in less than what is waited for the upstream's own end
+    house = House(tmp_path, lambda request: stream(*sse(says("all of it")), then=asyncio.Event().wait), timeouts=quick)
+    reply = await house.call(CHAT | {"stream": True})
+    assert reply.body.endswith(b"data: [DONE]\n\n")
+    assert (house.settled().status, house.settled().error) == (200, "")
+
+
 async def test_an_upstream_that_never_answers_is_504(tmp_path):
     async def never(request):
         await asyncio.Event().wait()
