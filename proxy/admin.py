@@ -27,13 +27,12 @@ from unfold.views import ChangeList
 from accounts.actions import record
 from accounts.admin import Audited
 from accounts.models import ApiKey, Organization, User
-from accounts.money import in_usd
 from providers.models import Credential
 from proxy import routes, totals
 from proxy.models import FrozenModel, OnAbort, RefusedCalls, Rest, Route, RouteTarget, UsageEvent, UsageTotal, moment_of
 from proxy.queries import SHADOW
 from proxy.routes import Leads
-from proxy.templatetags.show import UNPRICED, milliseconds, usd
+from proxy.templatetags.show import exact_usd, milliseconds, usd
 
 BEFORE = "before"  # in the address of a list
 _WINDOWS = {"1h": (timedelta(hours=1), "Last hour"), "24h": (timedelta(hours=24), "Last 24 hours")}
@@ -352,13 +351,6 @@ def _in_one_line(at: datetime, written: str) -> str:
     return at.astimezone(UTC).strftime(written).replace(" ", "\N{NO-BREAK SPACE}").replace("-", "\N{NON-BREAKING HYPHEN}")
 
 
-def _exact(micro_dollars: int | None) -> str:
-    """One request costs less than a cent, or little more: not rounded to one."""
-    if micro_dollars is None:
-        return UNPRICED
-    return f"{'−' if micro_dollars < 0 else ''}${in_usd(abs(micro_dollars))}"
-
-
 @admin.register(UsageEvent)
 class UsageEventAdmin(ReadOnly):
     window = WindowFilter
@@ -458,11 +450,11 @@ class UsageEventAdmin(ReadOnly):
 
     @display(description="cost")
     def shown_cost(self, event: UsageEvent) -> str:
-        return _exact(event.cost)
+        return exact_usd(event.cost)
 
     @display(description="the upstream says")
     def told_cost(self, event: UsageEvent) -> str:
-        return "-" if event.upstream_cost is None else _exact(event.upstream_cost)
+        return "-" if event.upstream_cost is None else exact_usd(event.upstream_cost)
 
     @display(description="first byte after")
     def first_byte(self, event: UsageEvent) -> str:

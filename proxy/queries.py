@@ -18,7 +18,7 @@ from zoneinfo import ZoneInfo
 from django.db.models import Max, Model, Q, QuerySet, Sum, Value
 from django.db.models.functions import TruncDay
 
-from accounts.models import ApiKey, Limit, Metric, Organization, User
+from accounts.models import ApiKey, Limit, Membership, Metric, Organization, User
 from accounts.principal import ID_LENGTH
 from providers.models import Credential
 from proxy.models import KeyDay, KeyTotal, ModelTotal, RefusedCalls, UsageEvent, UsageTotal
@@ -30,6 +30,7 @@ MONTH = timedelta(days=30)
 PAGE_ROWS = 50
 MOST_GROUPS = 1000
 SHADOW = "shadow:"
+TOKEN_PARTS = ("fresh_input", "cache_read", "cache_write", "output", "reasoning")  # disjoint
 _CHUNK_ROWS = 1000
 
 
@@ -310,6 +311,32 @@ def recent_requests(
     page = list(found.order_by("-at", "-request_id")[: rows + 1])
     last = page[rows - 1] if len(page) > rows else None
     return Page(page[:rows], Cursor(last.at, last.request_id) if last else None)
+
+
+def request_of(organization: Organization, key_id: int, request_id: uuid.UUID) -> UsageEvent | None:
+    """One row of a key's log."""
+    return UsageEvent.objects.of_requests([request_id]).filter(key__in=_own(organization, [key_id])).first()
+
+
+def corrections_of(organization: Organization, event: UsageEvent) -> list[UsageEvent]:
+    """What was learned of a request after its row was written, as differences. They are of the same moment."""
+    mine = UsageEvent.objects.filter(key__in=_own(organization, [event.key_id]), at=event.at, corrects=event.request_id)
+    return list(mine.order_by("request_id"))
+
+
+def accounts_shown_to(place: Membership) -> QuerySet[Credential]:
+    """Upstream accounts that the viewer may know by name: an operator all, an owner or admin the organization's own, nobody else any.
+
+    Of the others the log says no more than their provider."""
+    if place.user.is_superuser:
+        return Credential.objects.all()
+    return Credential.objects.filter(organization=place.organization) if place.manages else Credential.objects.none()
+
+
+def labels_shown_to(place: Membership, events: Iterable[UsageEvent]) -> dict[int, str]:
+    """Of the accounts that served these requests, those that the viewer may know by name, by their number."""
+    numbers = {event.credential_id for event in events if event.credential_id is not None}
+    return dict(accounts_shown_to(place).filter(pk__in=numbers).values_list("pk", "label"))
 
 
 def refused_calls(organization: Organization, key_id: int, *, since: datetime, until: datetime | None = None) -> list[Refused]:

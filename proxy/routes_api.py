@@ -20,8 +20,7 @@ from pydantic import ConfigDict
 from accounts import queries as accounts
 from accounts.models import ApiKey, Membership, Organization, User
 from providers.adapter import Target
-from providers.models import Credential
-from proxy import routes
+from proxy import queries, routes
 from proxy.catalog import LONGEST_DRAIN_SECONDS
 from proxy.explain import HEADS, Namer, Question, explain_key, in_full
 from proxy.models import Route
@@ -211,11 +210,8 @@ def explain(
 
 
 def _seen_by(place: Membership) -> Any:
-    """Whether a credential is this reader's business: an operator's are all, an owner's or admin's those of the organization."""
-    if place.user.is_superuser:
-        return lambda number: True
-    own = set(Credential.objects.filter(organization=place.organization).values_list("pk", flat=True)) if place.manages else set()
-    return lambda number: number in own
+    """Whether a credential is this reader's business."""
+    return set(queries.accounts_shown_to(place).values_list("pk", flat=True)).__contains__
 
 
 def _serves(target: Target, shown: Any) -> dict[str, Any]:

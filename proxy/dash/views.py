@@ -7,6 +7,8 @@ organization. A foreign key and a missing one get the same 404.
 from __future__ import annotations
 
 import secrets
+import uuid
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -28,6 +30,8 @@ from proxy import queries
 from proxy.dash.forms import KeyForm, RenameForm, RotateForm
 from proxy.dash.snippets import example_model, snippets
 from proxy.dash.state import roles_in, state_of
+from proxy.dash.trip import attempts_of, known_how, outcome_of, why_no_cost
+from proxy.models import UsageEvent
 from proxy.queries import SPANS, Bucket, Cursor, Group, KeyTotals, Span, Sums
 
 KEYS_ON_A_PAGE = 50
@@ -118,6 +122,7 @@ def key(request: HttpRequest, key_id: int) -> HttpResponse:
     since = queries.since_of(span, organization, now)
     buckets = queries.series(organization, key.pk, span, now)
     models = queries.totals_by(organization, "model", since=since, key_ids=[key.pk])
+    page = queries.recent_requests(organization, key.pk, since=since, before=_cursor(request))
     context = {
         "key": key,
         "state": state_of(key, roles_in(organization, {key.user_id})),
@@ -132,11 +137,51 @@ def key(request: HttpRequest, key_id: int) -> HttpResponse:
         "chart": _chart(buckets, span),
         "models": models,
         "refused": queries.refused_calls(organization, key.pk, since=since),
-        "page": queries.recent_requests(organization, key.pk, since=since, before=_cursor(request)),
+        "page": page,
+        "log": _with_accounts(place, page.rows),
         "is_first_page": "before" not in request.GET,
         "snippets": _snippets(key, models),
     }
     return render(request, "keys/key.html", {**_frame(request, place), **context})
+
+
+def _with_accounts(place: Membership, events: Sequence[UsageEvent]) -> list[dict[str, Any]]:
+    """Each request with what the account that served it is called for this viewer: by its label, or only by its provider."""
+    labels = queries.labels_shown_to(place, events)
+    return [{"event": event, "account": labels.get(event.credential_id or 0, event.provider)} for event in events]
+
+
+@login_required
+@require_safe
+def one_request(request: HttpRequest, key_id: int, request_id: uuid.UUID) -> HttpResponse:
+    """Everything that the log has of one request of a key."""
+    place, key = _key(request, key_id)
+    event = queries.request_of(place.organization, key.pk, request_id)
+    if event is None:
+        raise Http404("There is no such request.")
+    corrections = [] if event.corrects else queries.corrections_of(place.organization, event)
+    [row] = _with_accounts(place, [event])
+    context = {
+        "key": key,
+        **row,
+        "outcome": outcome_of(event),
+        "known_how": known_how(event),
+        "attempts": attempts_of(event, row["account"]),
+        "corrections": [{"event": one, "outcome": outcome_of(one), "known_how": known_how(one)} for one in corrections],
+        "columns": [("As stored", event), *(("Correction", one) for one in corrections)],
+        "total": _corrected(event, corrections) if corrections else None,
+        "why_no_cost": why_no_cost(event),
+        "may_price": place.user.is_superuser and event.cost is None and bool(event.served_model),
+    }
+    return render(request, "keys/request.html", {**_frame(request, place), **context})
+
+
+def _corrected(event: UsageEvent, corrections: Sequence[UsageEvent]) -> UsageEvent:
+    """The figures with all corrections in them, as a row that is not stored. One that has no price leaves the sum without one."""
+    rows = [event, *corrections]
+    parts = {part: sum(getattr(row, part) for row in rows) for part in queries.TOKEN_PARTS}
+    costs = [row.cost for row in rows if row.cost is not None]
+    return UsageEvent(**parts, cost=sum(costs) if len(costs) == len(rows) else None)
 
 
 def _limits(place: Membership, key: ApiKey, now: datetime) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from django.forms import BoundField
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 
+from accounts.money import in_usd
 from proxy.models import UsageEvent
 from proxy.queries import Refused, Sums
 
@@ -47,6 +48,14 @@ def usd(micro_dollars: int | None) -> str:
     if amount == 0 or amount >= Decimal("0.01"):
         return f"{sign}${amount:,.2f}"
     return f"{sign}${amount:.6f}".rstrip("0")
+
+
+@register.filter
+def exact_usd(micro_dollars: int | None) -> str:
+    """One request costs less than a cent, or little more: to the micro-dollar. None is no price."""
+    if micro_dollars is None:
+        return UNPRICED
+    return f"{'−' if micro_dollars < 0 else ''}${in_usd(abs(micro_dollars))}"
 
 
 @register.filter
@@ -115,7 +124,7 @@ def moment(at: datetime | None, show: str = "moment") -> str | SafeString:
     if at is None:
         return ""
     utc = at.astimezone(UTC)
-    written = utc.strftime("%-d %b %Y" if show == "day" else "%-d %b %Y, %H:%M UTC")
+    written = utc.strftime({"day": "%-d %b %Y", "exact": "%-d %b %Y, %H:%M:%S UTC"}.get(show, "%-d %b %Y, %H:%M UTC"))
     return format_html(
         '<time datetime="{}" data-show="{}">{}</time>', utc.isoformat(timespec="seconds").replace("+00:00", "Z"), show, written
     )

@@ -309,6 +309,7 @@ def pages_of(person: Person, page: Page) -> list[str]:
         "/keys/",
         path,
         f"{path}?range=30d",
+        page.locator("section[aria-labelledby=requests] tbody a").first.get_attribute("href") or "",
         f"{path}rotate/",
         f"{path}revoke/",
         f"{path}rename/",
