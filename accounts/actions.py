@@ -12,7 +12,7 @@ from typing import Any
 
 from django.conf import settings
 from django.contrib.auth.hashers import make_password
-from django.core.exceptions import ValidationError
+from django.core.exceptions import PermissionDenied, ValidationError
 from django.core.validators import validate_email, validate_slug
 from django.db import transaction
 from django.db.models import Q
@@ -255,6 +255,7 @@ def rotate_key(key: ApiKey, *, overlap: timedelta = OVERLAP, actor: User | None 
         expires_at=old.expires_at,
         frozen_until=old.frozen_until,
         frozen_reason=old.frozen_reason,
+        frozen_by=old.frozen_by,
     )
     ends = min(now + overlap, old.expires_at or now + overlap)
     claimed = ApiKey.objects.filter(Q(expires_at=None) | Q(expires_at__gt=now), pk=old.pk, replaced_by=None, revoked_at=None).update(
@@ -346,7 +347,7 @@ def freeze(thing: Organization | Team | ApiKey, *, length: timedelta, reason: st
     Raises ValidationError."""
     policy.clean_freeze(length, reason)
     until = timezone.now() + length
-    _set_frozen(thing, until, reason.strip())
+    _set_frozen(thing, until, reason.strip(), actor)
     record(actor, _organization_of(thing), f"{_kind_of(thing)}.frozen", _named(thing), until=until.isoformat(), reason=reason.strip())
     return until
 
@@ -356,14 +357,47 @@ def thaw(thing: Organization | Team | ApiKey, *, actor: User | None = None) -> b
     """False when it was not frozen."""
     if not thing.is_frozen:
         return False
-    _set_frozen(thing, None, "")
+    _set_frozen(thing, None, "", None)
     record(actor, _organization_of(thing), f"{_kind_of(thing)}.thawed", _named(thing))
     return True
 
 
-def _set_frozen(thing: Organization | Team | ApiKey, until: datetime | None, reason: str) -> None:
+@transaction.atomic
+def freeze_key(place: Membership, key: ApiKey, *, length: timedelta, reason: str = "") -> datetime:
+    """`freeze` for whoever may revoke the key. Raises PermissionDenied and Conflict as well."""
+    _check_may_thaw(place, key)
+    return freeze(key, length=length, reason=reason, actor=place.user)
+
+
+@transaction.atomic
+def thaw_key(place: Membership, key: ApiKey) -> bool:
+    """`thaw` for whoever may revoke the key. Raises PermissionDenied and Conflict."""
+    _check_may_thaw(place, key)
+    return thaw(key, actor=place.user)
+
+
+def may_thaw(place: Membership, key: ApiKey) -> bool:
+    """One who was frozen must not be able to end it: what somebody else froze is for owners and admins to thaw."""
+    return place.manages or not key.is_frozen or key.frozen_by_id == place.user.pk
+
+
+def _check_may_thaw(place: Membership, key: ApiKey) -> None:
+    """As the key stands now, and until the caller's transaction ends."""
+    current = ApiKey.objects.select_for_update().get(pk=key.pk)
+    if current.revoked_at is not None:
+        raise Conflict("This key has been revoked.")
+    if not may_thaw(place, current):
+        raise PermissionDenied("Somebody else froze this key: only an owner or administrator of the organization can change that.")
+    key.frozen_until = current.frozen_until
+
+
+def _set_frozen(thing: Organization | Team | ApiKey, until: datetime | None, reason: str, by: User | None) -> None:
     thing.frozen_until, thing.frozen_reason = until, reason
-    thing.save(update_fields=["frozen_until", "frozen_reason"])
+    written = ["frozen_until", "frozen_reason"]
+    if isinstance(thing, ApiKey):
+        thing.frozen_by = by
+        written.append("frozen_by")
+    thing.save(update_fields=written)
 
 
 def _organization_of(thing: Organization | Team | ApiKey) -> Organization:

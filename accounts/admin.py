@@ -292,7 +292,7 @@ class ApiKeyAdmin(NeverDeleted, Freezes, Audited):
     fieldsets = (
         (None, {"fields": ("name", "hint", "state", "organization", "user", "team")}),
         ("What it may do", {"fields": ("models", "networks", "expires_at", "tags", "its_limits")}),
-        ("Dates", {"fields": ("created_at", "last_used_at", "revoked_at", "replaced_by", *Freezes.freezing)}),
+        ("Dates", {"fields": ("created_at", "last_used_at", "revoked_at", "replaced_by", *Freezes.freezing, "frozen_by")}),
     )
     list_display = ("name", "hint", "state_label", "organization", "user", "last_used_at", "expires_at")
     list_select_related = ("organization", "user")
@@ -303,7 +303,7 @@ class ApiKeyAdmin(NeverDeleted, Freezes, Audited):
     actions_detail = ("rotate", "revoke")
 
     def get_readonly_fields(self, request: HttpRequest, obj: ApiKey | None = None) -> tuple[str, ...]:
-        always = ("hint", "state", "its_limits", "created_at", "last_used_at", "revoked_at", "replaced_by", *self.freezing)
+        always = ("hint", "state", "its_limits", "created_at", "last_used_at", "revoked_at", "replaced_by", *self.freezing, "frozen_by")
         return ("organization", "user", *always) if obj else always
 
     @display(

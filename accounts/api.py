@@ -218,17 +218,16 @@ def rotate_key(request: HttpRequest, slug: str, key_id: int, body: Rotation) -> 
 
 @router.post("/organizations/{slug:slug}/keys/{int:key_id}/freeze", response=KeyOut, summary="Let a key rest for a time")
 def freeze_key(request: HttpRequest, slug: str, key_id: int, body: Freeze) -> dict[str, Any]:
-    place = _place(request, slug)
+    place = _changing(request, slug)
     key = queries.key_of(place, key_id)
-    actions.freeze(key, length=timedelta(minutes=body.minutes), reason=body.reason, actor=_manager(place))
+    actions.freeze_key(place, key, length=timedelta(minutes=body.minutes), reason=body.reason)
     return _shown(queries.key_of(place, key_id))
 
 
 @router.post("/organizations/{slug:slug}/keys/{int:key_id}/thaw", response=KeyOut, summary="End a key's rest")
 def thaw_key(request: HttpRequest, slug: str, key_id: int) -> dict[str, Any]:
-    place = _place(request, slug)
-    key = queries.key_of(place, key_id)
-    actions.thaw(key, actor=_manager(place))
+    place = _changing(request, slug)
+    actions.thaw_key(place, queries.key_of(place, key_id))
     return _shown(queries.key_of(place, key_id))
 
 
@@ -251,9 +250,9 @@ def thaw_organization(request: HttpRequest, slug: str, body: ThawOrganization) -
 
 
 def _manager(place: Membership) -> User:
-    """Whoever may freeze: one who was frozen must not be able to end it."""
+    """Whoever may freeze more than a key: one who was frozen must not be able to end it."""
     if not place.manages:
-        raise AuthorizationError(message="Only an owner or admin may freeze and thaw.")
+        raise AuthorizationError(message="Only an owner or admin may freeze and thaw an organization or a team.")
     return place.user
 
 

@@ -156,6 +156,8 @@ class ApiKey(Freezable):
     replaced_by = models.OneToOneField("self", on_delete=models.PROTECT, null=True, blank=True, editable=False, related_name="replaces")
     created_at = models.DateTimeField(default=timezone.now, editable=False)
     last_used_at = models.DateTimeField(null=True, blank=True, editable=False)
+    # Whoever did may end it. Empty although it is frozen: on the command line, or before this was kept.
+    frozen_by = models.ForeignKey(User, on_delete=models.SET_NULL, null=True, blank=True, editable=False, related_name="+")
 
     class Meta:
         verbose_name = "API key"

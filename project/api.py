@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib.auth.decorators import login_required
-from django.core.exceptions import ValidationError
+from django.core.exceptions import PermissionDenied, ValidationError
 from django.http import Http404, HttpRequest, HttpResponse
 from ninja import NinjaAPI
 from ninja.errors import AuthenticationError, HttpError
@@ -109,6 +109,11 @@ def _missing(request: HttpRequest, problem: Http404) -> HttpResponse:
 def _http_error(request: HttpRequest, problem: HttpError) -> HttpResponse:
     codes = {400: "bad_request", 403: "forbidden", 429: "too_many_requests"}
     return _say(request, problem.status_code, codes.get(problem.status_code, "error"), problem.message)
+
+
+@api.exception_handler(PermissionDenied)
+def _not_allowed(request: HttpRequest, problem: PermissionDenied) -> HttpResponse:
+    return _say(request, 403, "forbidden", str(problem))
 
 
 @api.exception_handler(Conflict)

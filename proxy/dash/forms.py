@@ -13,7 +13,7 @@ from accounts import queries as accounts
 from accounts.actions import LONGEST_OVERLAP
 from accounts.models import Membership, Metric, Team, User, Window
 from accounts.money import parse_usd
-from accounts.policy import Allowance
+from accounts.policy import LONGEST_FREEZE, Allowance
 from proxy.queries import zone_of
 
 _MOST = 10**15
@@ -134,6 +134,19 @@ class KeyForm(forms.Form):
 
 class RenameForm(forms.Form):
     name = forms.CharField(max_length=150, label="Name")
+
+
+class FreezeForm(forms.Form):
+    minutes = forms.IntegerField(
+        label="For how many minutes", min_value=1, max_value=LONGEST_FREEZE // timedelta(minutes=1), initial=60, help_text="1440 are a day."
+    )
+    reason = forms.CharField(
+        required=False, max_length=200, label="Why", help_text="Shown on the key’s page, and told to whoever calls with the key meanwhile."
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fields["reason"].widget.attrs["autocomplete"] = "off"
 
 
 class RotateForm(forms.Form):

@@ -10,6 +10,8 @@ urlpatterns = [
     path("keys/<int:key_id>/", views.key, name="key"),
     path("keys/<int:key_id>/requests/<uuid:request_id>/", views.one_request, name="request"),
     path("keys/<int:key_id>/rotate/", views.rotate, name="rotate"),
+    path("keys/<int:key_id>/freeze/", views.freeze, name="freeze"),
+    path("keys/<int:key_id>/thaw/", views.thaw, name="thaw"),
     path("keys/<int:key_id>/revoke/", views.revoke, name="revoke"),
     path("keys/<int:key_id>/rename/", views.rename, name="rename"),
 ]

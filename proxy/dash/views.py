@@ -27,7 +27,7 @@ from accounts import actions
 from accounts import queries as accounts
 from accounts.models import ApiKey, Limit, Membership, Metric, Mode, Organization, Role, User
 from proxy import queries
-from proxy.dash.forms import KeyForm, RenameForm, RotateForm
+from proxy.dash.forms import FreezeForm, KeyForm, RenameForm, RotateForm
 from proxy.dash.snippets import example_model, snippets
 from proxy.dash.state import roles_in, state_of
 from proxy.dash.trip import attempts_of, known_how, outcome_of, why_no_cost
@@ -127,6 +127,8 @@ def key(request: HttpRequest, key_id: int) -> HttpResponse:
         "key": key,
         "state": state_of(key, roles_in(organization, {key.user_id})),
         "may_act": _may_act(place, key),
+        "may_thaw": actions.may_thaw(place, key),
+        "frozen_by": _frozen_by(place, key),
         "limits": _limits(place, key, now),
         "span": span,
         "spans": SPANS.values(),
@@ -266,6 +268,41 @@ def rotate(request: HttpRequest, key_id: int) -> HttpResponse:
 
 @login_required
 @require_http_methods(["GET", "HEAD", "POST"])
+def freeze(request: HttpRequest, key_id: int) -> HttpResponse:
+    place, key = _key_to_change(request, key_id)
+    form = FreezeForm(request.POST or None)
+    if request.method == "POST" and form.is_valid():
+        said = form.cleaned_data
+        try:
+            actions.freeze_key(place, key, length=timedelta(minutes=said["minutes"]), reason=said["reason"])
+        except ValidationError as problem:
+            form.add_error(None, problem)
+        except actions.Conflict as problem:
+            form.add_error(None, str(problem))
+        else:
+            messages.success(request, f"“{key.name}” is frozen: whatever uses it is refused within five seconds.")
+            return redirect("key", key.pk)
+    return _asking(request, place, key, "keys/freeze.html", form, cuts=settings.ENV.cut_revoked_calls)
+
+
+@login_required
+@require_http_methods(["GET", "HEAD", "POST"])
+def thaw(request: HttpRequest, key_id: int) -> HttpResponse:
+    place, key = _key_to_change(request, key_id)
+    if request.method == "POST":
+        try:
+            if actions.thaw_key(place, key):
+                messages.success(request, f"“{key.name}” may call models again, within five seconds.")
+        except actions.Conflict as problem:
+            messages.error(request, str(problem))
+        return redirect("key", key.pk)
+    if not key.is_frozen:
+        return redirect("key", key.pk)
+    return _asking(request, place, key, "keys/thaw.html", None)
+
+
+@login_required
+@require_http_methods(["GET", "HEAD", "POST"])
 def revoke(request: HttpRequest, key_id: int) -> HttpResponse:
     place, key = _key_to_change(request, key_id)
     if request.method == "POST":
@@ -292,9 +329,9 @@ def rename(request: HttpRequest, key_id: int) -> HttpResponse:
     return _asking(request, place, key, "keys/rename.html", form)
 
 
-def _asking(request: HttpRequest, place: Membership, key: ApiKey, template: str, form: Any) -> HttpResponse:
+def _asking(request: HttpRequest, place: Membership, key: ApiKey, template: str, form: Any, **more: Any) -> HttpResponse:
     status = 422 if form is not None and form.errors else 200
-    return render(request, template, {**_frame(request, place), "key": key, "form": form}, status=status)
+    return render(request, template, {**_frame(request, place), "key": key, "form": form, **more}, status=status)
 
 
 def _shown_once(request: HttpRequest, place: Membership, key: ApiKey, clear: str, replaced: ApiKey | None = None) -> HttpResponse:
@@ -354,6 +391,14 @@ def _may_issue(place: Membership) -> bool:
 
 def _may_act(place: Membership, key: ApiKey) -> bool:
     return place.role != Role.VIEWER and key.revoked_at is None
+
+
+def _frozen_by(place: Membership, key: ApiKey) -> str:
+    """Who froze the key itself; empty where it is not frozen, or where that is not known. Operators are not named."""
+    if not key.is_frozen or key.frozen_by is None:
+        return ""
+    is_member = Membership.objects.filter(user=key.frozen_by, organization=place.organization).exists()
+    return key.frozen_by.email if is_member else "an operator"
 
 
 def _frame(request: HttpRequest, place: Membership) -> dict[str, Any]:

@@ -38,8 +38,8 @@ TABLE: dict[tuple[str, str], tuple[int, ...]] = {
     ("PATCH", "/organizations/{slug}/keys/{key_id}"): (401, 401, 404, 403, 404, 200, 200, 200, 200),
     ("POST", "/organizations/{slug}/keys/{key_id}/revoke"): (401, 401, 404, 403, 404, 200, 200, 200, 200),
     ("POST", "/organizations/{slug}/keys/{key_id}/rotate"): (401, 401, 404, 403, 404, 201, 201, 201, 201),
-    ("POST", "/organizations/{slug}/keys/{key_id}/freeze"): (401, 401, 404, 403, 404, 403, 200, 200, 200),
-    ("POST", "/organizations/{slug}/keys/{key_id}/thaw"): (401, 401, 404, 403, 404, 403, 200, 200, 200),
+    ("POST", "/organizations/{slug}/keys/{key_id}/freeze"): (401, 401, 404, 403, 404, 200, 200, 200, 200),
+    ("POST", "/organizations/{slug}/keys/{key_id}/thaw"): (401, 401, 404, 403, 404, 200, 200, 200, 200),
     ("POST", "/organizations/{slug}/freeze"): (401, 401, 404, 403, 403, 403, 200, 200, 200),
     ("POST", "/organizations/{slug}/thaw"): (401, 401, 404, 403, 403, 403, 200, 200, 200),
     ("POST", "/credentials/freeze"): (401, 401, 403, 403, 403, 403, 403, 403, 200),
@@ -497,3 +497,16 @@ def test_everybody_sees_their_own_organizations(people: People):
     assert caller(people.bob).call("GET", "/organizations").json() == [{"slug": "acme", "name": "Acme", "role": "member"}]
     actions.ensure_membership(people.olga, people.acme, role=Role.VIEWER)
     assert [one["role"] for one in caller(people.olga).call("GET", "/organizations").json()] == ["owner", "owner"]
+
+
+def test_a_holder_freezes_an_own_key_and_ends_that_but_not_what_somebody_else_froze(people: People):
+    key = people.key(people.bob)
+    bob, amy, path = caller(people.bob), caller(people.amy), f"/organizations/acme/keys/{key.pk}"
+
+    assert bob.call("POST", f"{path}/freeze", {"minutes": 5, "reason": "lost"}).json()["frozen_reason"] == "lost"
+    assert bob.call("POST", f"{path}/thaw").json()["frozen_until"] is None
+    amy.call("POST", f"{path}/freeze", {"minutes": 5})
+    for deed, body in (("thaw", None), ("freeze", {"minutes": 0.01})):
+        refused = bob.call("POST", f"{path}/{deed}", body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden")
+    assert amy.call("POST", f"{path}/thaw").json()["frozen_until"] is None

@@ -127,9 +127,9 @@ def test_a_freeze_that_is_over_freezes_nobody(people: People):
 @pytest.mark.django_db
 def test_rotating_a_frozen_key_does_not_thaw_it(people: People):
     key = people.key(people.bob)
-    accounts.freeze(key, length=timedelta(minutes=5))
+    accounts.freeze(key, length=timedelta(minutes=5), actor=people.bob)
     sibling, _ = accounts.rotate_key(key)
-    assert sibling.state == "frozen"
+    assert (sibling.state, sibling.frozen_by) == ("frozen", people.bob)
 
 
 @pytest.mark.django_db

@@ -115,7 +115,7 @@ def test_a_new_password_is_set_by_the_link_of_a_mail(people: People):
     assert "This link no longer works" in text(browser().get(path, follow=True))
 
 
-@pytest.mark.parametrize("path", ["/keys/", "/keys/1/", "/keys/1/rotate/", "/keys/1/revoke/", "/keys/1/rename/"])
+@pytest.mark.parametrize("path", ["/keys/", "/keys/1/", "/keys/1/rotate/", "/keys/1/revoke/", "/keys/1/rename/", "/keys/1/freeze/", "/keys/1/thaw/"])
 def test_nobody_gets_in_without_signing_in(db: None, path: str):
     assert browser().get(path)["location"].startswith(reverse("account_login"))
     assert browser().post(path)["location"].startswith(reverse("account_login"))
@@ -167,8 +167,8 @@ def test_a_foreign_key_is_answered_like_a_missing_one(people: People):
     ):
         answer = browser(user).get(path)
         assert (answer.status_code, "There is nothing here" in text(answer)) == (404, True), (user, path)
-        for deed in ("rotate/", "revoke/", "rename/"):
-            assert browser(user).post(path + deed, {"hours": 1, "name": "x", "once": "x"}).status_code == 404
+        for deed in ("rotate/", "revoke/", "rename/", "freeze/", "thaw/"):
+            assert browser(user).post(path + deed, {"hours": 1, "name": "x", "once": "x", "minutes": 1}).status_code == 404
     assert not ApiKey.objects.exclude(revoked_at=None).exists()
 
 
@@ -220,11 +220,11 @@ def test_a_viewer_is_offered_nothing_and_may_do_nothing(people: People):
     key, client = people.key(people.bob), browser(people.vera)
 
     assert b"Create key" not in client.get("/keys/").content
-    assert not re.search(r"rotate/|revoke/|rename/", client.get(page(key)).content.decode())
+    assert not re.search(r"rotate/|revoke/|rename/|freeze/|thaw/", client.get(page(key)).content.decode())
     assert client.post("/keys/", {"name": "mine", "once": "x"}).status_code == 403
-    for deed in ("rotate/", "revoke/", "rename/"):
+    for deed in ("rotate/", "revoke/", "rename/", "freeze/", "thaw/"):
         assert client.get(page(key, deed)).status_code == 403
-        assert client.post(page(key, deed), {"hours": 1, "name": "x", "once": "x"}).status_code == 403
+        assert client.post(page(key, deed), {"hours": 1, "name": "x", "once": "x", "minutes": 1}).status_code == 403
     assert list(ApiKey.objects.values_list("name", "revoked_at", "replaced_by")) == [("laptop", None, None)]
 
 
@@ -382,6 +382,85 @@ def test_revoking_asks_first_and_then_is_for_ever(people: People):
     assert key.state == "revoked"
     assert not re.search(r"rotate/|revoke/|rename/", client.get(page(key)).content.decode())
     assert "has been revoked" in text(client.post(page(key, "rename/"), {"name": "x"}))
+
+
+def test_freezing_for_some_minutes_says_until_when_why_and_by_whom(people: People):
+    key, client = people.key(people.bob), browser(people.bob)
+    assert "Then it works again by itself" in text(client.get(page(key, "freeze/")))
+
+    frozen = client.post(page(key, "freeze/"), {"minutes": 90, "reason": " on holiday "}, follow=True)
+
+    key.refresh_from_db()
+    assert timedelta(minutes=89) < key.frozen_until - timezone.now() <= timedelta(minutes=90)
+    assert (key.state, key.frozen_reason, key.frozen_by) == ("frozen", "on holiday", people.bob)
+    assert re.search(r"Frozen \(on holiday\) until [^.]+UTC , by bob@example.org\.", text(frozen))
+    assert f'href="{page(key, "thaw/")}"' in frozen.content.decode()
+    assert f'href="{page(key, "freeze/")}"' not in frozen.content.decode()
+
+    assert "on holiday" in text(client.get(page(key, "thaw/")))
+    assert "may call models again" in text(client.post(page(key, "thaw/"), follow=True))
+    key.refresh_from_db()
+    assert (key.state, key.frozen_until, key.frozen_reason, key.frozen_by) == ("active", None, "", None)
+    assert client.get(page(key, "thaw/"))["location"] == page(key)
+    assert list(AuditEntry.objects.order_by("pk").values_list("action", "actor__email"))[-2:] == [
+        ("key.frozen", "bob@example.org"),
+        ("key.thawed", "bob@example.org"),
+    ]
+
+
+def test_who_was_frozen_by_somebody_else_cannot_end_it(people: People):
+    key, client = people.key(people.bob), browser(people.bob)
+    actions.freeze_key(Membership.objects.get(user=people.amy), key, length=timedelta(hours=1), reason="audit")
+
+    assert f'href="{page(key, "thaw/")}"' not in client.get(page(key)).content.decode()
+    assert "by amy@example.org" in text(client.get(page(key)))
+    for deed in ("thaw/", "freeze/"):
+        refused = client.post(page(key, deed), {"minutes": 1})
+        assert (refused.status_code, "only an owner or administrator" in text(refused)) == (403, True), deed
+    key.refresh_from_db()
+    assert key.frozen_reason == "audit"
+    sibling, _ = actions.rotate_key(key, actor=people.bob)
+    assert client.post(page(sibling, "thaw/")).status_code == 403
+
+    for manager in (people.alice, people.olga):
+        browser(manager).post(page(key, "freeze/"), {"minutes": 5, "reason": manager.email})
+        key.refresh_from_db()
+        assert key.frozen_reason == manager.email
+    assert "by an operator" in text(client.get(page(key)))
+    browser(people.alice).post(page(key, "thaw/"))
+    key.refresh_from_db()
+    assert key.state == "retiring"
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        ({"minutes": ""}, "This field is required"),
+        ({"minutes": "0"}, "greater than or equal to 1"),
+        ({"minutes": "525601"}, "less than or equal to 525600"),
+        ({"minutes": "x"}, "Enter a whole number"),
+        ({"minutes": "5", "reason": "x\u202ey"}, "printable"),
+        ({"minutes": "5", "reason": "x" * 201}, "at most 200"),
+    ],
+)
+def test_what_is_no_freeze_freezes_nothing(people: People, said: dict[str, str], complaint: str):
+    key = people.key(people.bob)
+
+    answer = browser(people.bob).post(page(key, "freeze/"), said)
+
+    assert (answer.status_code, complaint in text(answer)) == (422, True), text(answer)
+    key.refresh_from_db()
+    assert key.frozen_until is None
+
+
+def test_a_revoked_key_is_neither_frozen_nor_thawed(people: People):
+    key, client = people.key(people.bob), browser(people.bob)
+    actions.freeze(key, length=timedelta(hours=1), actor=people.bob)
+    actions.revoke_key(key)
+
+    assert "has been revoked" in text(client.post(page(key, "freeze/"), {"minutes": 5}))
+    assert "has been revoked" in text(client.post(page(key, "thaw/"), follow=True))
+    assert not re.search(r"freeze/|thaw/", client.get(page(key)).content.decode())
 
 
 def test_renaming(people: People):

@@ -313,6 +313,7 @@ def pages_of(person: Person, page: Page) -> list[str]:
         f"{path}rotate/",
         f"{path}revoke/",
         f"{path}rename/",
+        f"{path}freeze/",
         "/accounts/password/change/",
         "/nothing/",
     ]
