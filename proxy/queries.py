@@ -439,15 +439,38 @@ def usage_rows(since: datetime | None = None, key: str | None = None) -> Iterato
     if key is not None:
         found = found.filter(key__in=_keys_named(key))
     names = _Names()
+    for chunk in _in_chunks(found):
+        names.learn(chunk)
+        for event in chunk:
+            yield _flat(event, names)
+
+
+def columns_shown_to(place: Membership) -> list[str]:
+    """Those of USAGE_COLUMNS that are this viewer's business: what a shared account is charged is the operators'."""
+    return [name for name in USAGE_COLUMNS if name != "upstream_cost_usd" or place.user.is_superuser]
+
+
+def key_rows(place: Membership, key_id: int, *, since: datetime, until: datetime) -> Iterator[list[dict[str, Any]]]:
+    """One key's log within a window as `usage_rows` has it, a chunk at a time. An account that the viewer may not know by name
+    has none."""
+    found = UsageEvent.objects.filter(key__in=_own(place.organization, [key_id]), at__gte=since, at__lt=until)
+    names = _Names()
+    for chunk in _in_chunks(found.order_by("at", "request_id")):
+        names.learn(chunk)
+        labels = labels_shown_to(place, chunk)
+        yield [{**_flat(event, names), "credential": labels.get(event.credential_id or 0, "")} for event in chunk]
+
+
+def _in_chunks(found: QuerySet[UsageEvent]) -> Iterator[list[UsageEvent]]:
+    """Rows in the order of (`at`, `request_id`), by keyset."""
     last: UsageEvent | None = None
     while True:
         rest = found
         if last is not None:
             rest = found.filter(Q(at__gt=last.at) | Q(at=last.at, request_id__gt=last.request_id), at__gte=last.at)
         chunk = list(rest[:_CHUNK_ROWS])
-        names.learn(chunk)
-        for event in chunk:
-            yield _flat(event, names)
+        if chunk:
+            yield chunk
         if len(chunk) < _CHUNK_ROWS:
             return
         last = chunk[-1]

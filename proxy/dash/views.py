@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 from allauth.account.views import login as sign_in
+from channels.db import database_sync_to_async
 from django.conf import settings
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
 from django.core.exceptions import PermissionDenied, ValidationError
-from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase, JsonResponse
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase, JsonResponse, StreamingHttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.utils import timezone
 from django.utils.cache import patch_vary_headers
-from django.views.decorators.http import require_http_methods, require_safe
+from django.views.decorators.http import require_GET, require_http_methods, require_safe
 
 from accounts import actions
 from accounts import queries as accounts
@@ -33,6 +34,7 @@ from proxy.dash.state import roles_in, state_of
 from proxy.dash.trip import attempts_of, known_how, outcome_of, why_no_cost
 from proxy.models import UsageEvent
 from proxy.queries import SPANS, Bucket, Cursor, Group, KeyTotals, Span, Sums
+from proxy.sheets import csv_line
 
 KEYS_ON_A_PAGE = 50
 ORGANIZATIONS_IN_THE_MENU = 100
@@ -118,7 +120,7 @@ def _list(request: HttpRequest, place: Membership, form: KeyForm, status: int = 
 def key(request: HttpRequest, key_id: int) -> HttpResponse:
     place, key = _key(request, key_id)
     organization, now = place.organization, timezone.now()
-    span = SPANS.get(request.GET.get("range", ""), SPANS["24h"])
+    span = _span(request)
     since = queries.since_of(span, organization, now)
     buckets = queries.series(organization, key.pk, span, now)
     models = queries.totals_by(organization, "model", since=since, key_ids=[key.pk])
@@ -145,6 +147,10 @@ def key(request: HttpRequest, key_id: int) -> HttpResponse:
         "snippets": _snippets(key, models),
     }
     return render(request, "keys/key.html", {**_frame(request, place), **context})
+
+
+def _span(request: HttpRequest) -> Span:
+    return SPANS.get(request.GET.get("range", ""), SPANS["24h"])
 
 
 def _with_accounts(place: Membership, events: Sequence[UsageEvent]) -> list[dict[str, Any]]:
@@ -184,6 +190,35 @@ def _corrected(event: UsageEvent, corrections: Sequence[UsageEvent]) -> UsageEve
     parts = {part: sum(getattr(row, part) for row in rows) for part in queries.TOKEN_PARTS}
     costs = [row.cost for row in rows if row.cost is not None]
     return UsageEvent(**parts, cost=sum(costs) if len(costs) == len(rows) else None)
+
+
+@login_required
+@require_GET
+def requests_csv(request: HttpRequest, key_id: int) -> HttpResponseBase:
+    """The key's requests in the window of its page, the oldest first: what `manage.py usage` has, as far as the viewer may know it."""
+    place, key = _key(request, key_id)
+    now = timezone.now()
+    span = _span(request)
+    lines = _lines(place, key, queries.since_of(span, place.organization, now), now)
+    filename = f"sluice-key-{key.pk}-{span.name}.csv"
+    return StreamingHttpResponse(
+        _by_a_thread(lines), content_type="text/csv; charset=utf-8", headers={"Content-Disposition": f'attachment; filename="{filename}"'}
+    )
+
+
+def _lines(place: Membership, key: ApiKey, since: datetime, until: datetime) -> Iterator[str]:
+    """The table's head, and then a chunk of its rows at a time."""
+    columns = queries.columns_shown_to(place)
+    yield f"{csv_line(columns)}\n"
+    for rows in queries.key_rows(place, key.pk, since=since, until=until):
+        yield "".join(f"{csv_line(row[name] for name in columns)}\n" for row in rows)
+
+
+async def _by_a_thread(pieces: Iterator[str]) -> AsyncIterator[str]:
+    """Each piece is read when the client has taken the one before. Meanwhile no connection to the database is held."""
+    read = database_sync_to_async(next)
+    while (piece := await read(pieces, None)) is not None:
+        yield piece
 
 
 def _limits(place: Membership, key: ApiKey, now: datetime) -> list[dict[str, Any]]:

@@ -188,6 +188,21 @@ def test_from_signing_in_to_ones_own_usage(person: Person):
     person.checks(page)
 
 
+def test_ones_requests_are_taken_away_as_csv(person: Person):
+    page = person.signs_in()
+    person.uses(page)
+
+    with page.expect_download() as download:
+        page.get_by_role("link", name="All of them as CSV").click()
+    head, *rows = download.value.path().read_text().splitlines()
+
+    assert download.value.suggested_filename.endswith("-24h.csv")
+    assert head.startswith("request_id,at,")
+    assert len(rows) == 3
+    assert all(",demo/echo," in row for row in rows)
+    person.checks(page)
+
+
 def test_an_operator_who_names_no_owner_is_told_so(person: Person):
     page = person.signs_in(f"/keys/?organization={person.slug}", as_operator=True)
     assert page.get_by_label("Owner").is_visible()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from proxy import journal, ledger
 from proxy.queries import USAGE_COLUMNS, usage_rows
+from proxy.sheets import csv_line
 
 # In a table the columns that fit a terminal; the other formats have all of them.
 IN_TABLE = ["at", "key", "served_model", "status", "error", "input_tokens", "output_tokens", "cost_usd", "usage_source", "duration_ms"]
@@ -55,20 +55,9 @@ def _jsonl(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def _csv(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    yield _csv_line(USAGE_COLUMNS)
+    yield csv_line(USAGE_COLUMNS)
     for row in rows:
-        yield _csv_line([_plain(row[name]) for name in USAGE_COLUMNS])
-
-
-def _csv_line(values: Iterable[Any]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(values)
-    return line.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    """A spreadsheet must not run what a client named a model."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" and value else value
+        yield csv_line(row[name] for name in USAGE_COLUMNS)
 
 
 def _table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
