@@ -87,6 +87,20 @@ def version() -> int:
     return SnapshotVersion.objects.filter(pk=1).values_list("version", flat=True).first() or 0
 
 
+class Running:
+    """The server that runs in this process, if one does."""
+
+    current: Current | None = None
+
+
+running = Running()
+
+
+def in_force() -> Catalog:
+    """What the server of this process works by, at most some seconds old; without one, as of now. Raises DatabaseError."""
+    return running.current.catalog if running.current is not None else load()
+
+
 def load() -> Catalog:
     """Everything the hot path reads, as of one moment. Raises DatabaseError.
 
@@ -287,6 +301,7 @@ class Refresher(threading.Thread):
 
     def run(self) -> None:
         loaded = time.monotonic()
+        running.current = self._current
         while not self._is_over():
             try:
                 old = time.monotonic() - loaded >= RELOAD_EVERY_SECONDS
@@ -297,6 +312,7 @@ class Refresher(threading.Thread):
                 # The catalog in force goes on: calls with known keys do not need the database.
                 log.exception("The settings could not be read again")
                 connection.close()
+        running.current = None
         connection.close()
 
     def _has_other_peppers(self) -> bool:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from itertools import chain
+
+from accounts.principal import Principal
+from providers import registry
+from providers.wire import ApiError
+from proxy.catalog import Catalog
+from proxy.pipeline.route import allowed, resolve, visible_models, with_secret
 
 # Shown where the key itself is not: it is known only at the moment when it is made.
 VARIABLE = "SLUICE_API_KEY"
-FALLBACK_MODEL = "demo/echo"
-PLACEHOLDER = "A-MODEL-OF-YOURS"  # for a key that may not use the other
+DEMO_MODEL = "demo/echo"
+PLACEHOLDER = "A-MODEL-OF-YOURS"  # where there is none that this key can call
+ENDPOINT = "chat/completions"  # that the lines call
 
 # A model's name comes from clients and goes into code that people paste: only what needs no quoting is shown.
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,99}")
+# Upstreams list whatever they have, and say of few what it is for.
+_NOT_FOR_CHAT = re.compile(
+    r"embed|moderat|rerank|whisper|transcri|tts|speech|audio|realtime|image|dall-e|video|sora|davinci|babbage|instruct"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +34,22 @@ class Snippet:
     text: str
 
 
-def example_model(names: Iterable[str], patterns: Collection[str] = ()) -> str:
-    """The first that can be pasted as it is, else what the key may use of what is always there. `patterns`: its models; none = all."""
-    may_fall_back = not patterns or any(fnmatchcase(FALLBACK_MODEL, pattern) for pattern in patterns)
-    return next((name for name in names if _PLAIN.fullmatch(name)), FALLBACK_MODEL if may_fall_back else PLACEHOLDER)
+def example_model(principal: Principal, catalog: Catalog, used: Iterable[str] = ()) -> str:
+    """A model that this caller can call, and that can be pasted as it is: one `used` before, else the demo, else what there is."""
+    named = chain(principal.models, (name for name, _ in visible_models(principal, catalog)))
+    for name in chain(used, [DEMO_MODEL], (name for name in named if not _NOT_FOR_CHAT.search(name))):
+        if _PLAIN.fullmatch(name) and _can_call(principal, name, catalog):
+            return name
+    return PLACEHOLDER
+
+
+def _can_call(principal: Principal, model: str, catalog: Catalog) -> bool:
+    """By the trip's own rules. Limits, prices and how upstreams are do not count: they may be different in a minute."""
+    try:
+        groups = with_secret(allowed(principal, model, resolve(principal, model, catalog), catalog), "")
+    except ApiError:
+        return False
+    return any(ENDPOINT in registry.adapter(upstream.kind).endpoints for group in groups.values() for upstream, _ in group)
 
 
 def snippets(public_url: str, model: str, key: str | None = None) -> list[Snippet]:

@@ -27,9 +27,9 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from accounts import actions
 from accounts import queries as accounts
 from accounts.models import ApiKey, Limit, Membership, Metric, Mode, Organization, Role, User
-from proxy import queries
+from proxy import queries, snapshot
 from proxy.dash.forms import FreezeForm, KeyForm, RenameForm, RotateForm
-from proxy.dash.snippets import example_model, snippets
+from proxy.dash.snippets import PLACEHOLDER, example_model, snippets
 from proxy.dash.state import roles_in, state_of
 from proxy.dash.trip import attempts_of, known_how, outcome_of, why_no_cost
 from proxy.models import UsageEvent
@@ -124,10 +124,11 @@ def key(request: HttpRequest, key_id: int) -> HttpResponse:
     since = queries.since_of(span, organization, now)
     buckets = queries.series(organization, key.pk, span, now)
     models = queries.totals_by(organization, "model", since=since, key_ids=[key.pk])
+    state = state_of(key, roles_in(organization, {key.user_id}))
     page = queries.recent_requests(organization, key.pk, since=since, before=_cursor(request))
     context = {
         "key": key,
-        "state": state_of(key, roles_in(organization, {key.user_id})),
+        "state": state,
         "may_act": _may_act(place, key),
         "may_thaw": actions.may_thaw(place, key),
         "frozen_by": _frozen_by(place, key),
@@ -144,7 +145,7 @@ def key(request: HttpRequest, key_id: int) -> HttpResponse:
         "page": page,
         "log": _with_accounts(place, page.rows),
         "is_first_page": "before" not in request.GET,
-        "snippets": _snippets(key, models),
+        **(_snippets(key, models) if state.works else {}),
     }
     return render(request, "keys/key.html", {**_frame(request, place), **context})
 
@@ -265,9 +266,12 @@ def _step(bucket: Bucket, span: Span) -> str:
     return f"{bucket.starts_at:%a %-d %b, %H:%M} – {bucket.ends_at:%H:%M}"
 
 
-def _snippets(key: ApiKey, models: list[Group], clear: str | None = None) -> list[Any]:
-    names = [*(group.name for group in models), *key.allowed_models]
-    return snippets(settings.PUBLIC_URL, example_model(names, key.allowed_models), clear)
+def _snippets(key: ApiKey, models: list[Group], clear: str | None = None) -> dict[str, Any]:
+    """Lines to copy for a key that works."""
+    catalog = snapshot.in_force()
+    principal = catalog.principals.get(bytes(key.digest)) or snapshot.load_principal(key.pk)
+    model = PLACEHOLDER if principal is None else example_model(principal, catalog, [group.name for group in models])
+    return {"snippets": snippets(settings.PUBLIC_URL, model, clear), "placeholder": PLACEHOLDER if model == PLACEHOLDER else ""}
 
 
 def _cursor(request: HttpRequest) -> Cursor | None:
@@ -371,7 +375,7 @@ def _asking(request: HttpRequest, place: Membership, key: ApiKey, template: str,
 
 def _shown_once(request: HttpRequest, place: Membership, key: ApiKey, clear: str, replaced: ApiKey | None = None) -> HttpResponse:
     """The one page that ever holds a key's clear text: kept by nobody, the answer to a POST that cannot be sent again."""
-    context = {"key": key, "clear": clear, "replaced": replaced, "snippets": _snippets(key, [], clear)}
+    context = {"key": key, "clear": clear, "replaced": replaced, **_snippets(key, [], clear)}
     response = render(request, "keys/issued.html", {**_frame(request, place), **context})
     response["Cache-Control"] = "no-store"
     return response

@@ -23,8 +23,13 @@ from accounts import actions
 from accounts.models import ApiKey, AuditEntry, Limit, Membership, Role, Team, User
 from accounts.policy import Allowance
 from accounts.principal import KEY_LENGTH, is_plausible
-from proxy.dash.snippets import FALLBACK_MODEL, PLACEHOLDER, example_model
-from proxy.models import RefusedCalls
+from providers.actions import add_credential, disable, freeze
+from providers.models import Credential, UpstreamModel
+from proxy import snapshot
+from proxy.catalog import Current
+from proxy.dash.snippets import DEMO_MODEL, PLACEHOLDER, example_model
+from proxy.models import FrozenModel, RefusedCalls
+from proxy.routes import Leads, create_route
 from tests.accounts.conftest import People
 from tests.proxy.used import used
 
@@ -657,20 +662,80 @@ def test_names_and_models_are_shown_as_text_and_never_run(people: People):
     assert hostile in html.unescape(client.get(page(key)).content.decode())
 
 
+def shown_model(response) -> str:
+    """What the lines to copy call."""
+    [name] = re.findall(r'"model": "([^"]+)", "stream"', html.unescape(response.content.decode()))
+    return name
+
+
+def lists(credential: Credential, *models: str) -> Credential:
+    UpstreamModel.objects.bulk_create([UpstreamModel(credential=credential, upstream_id=model) for model in models])
+    return credential
+
+
 @pytest.mark.parametrize("name", ['a"; rm -rf ~; "', "$(id)", "a b", "`id`", "", "x" * 200, "a'b"])
-def test_a_models_name_goes_into_a_snippet_only_when_it_needs_no_quoting(name: str):
-    assert example_model([name]) == FALLBACK_MODEL
-    assert example_model([name, "openai/gpt-4o"]) == "openai/gpt-4o"
+def test_a_models_name_goes_into_a_snippet_only_when_it_needs_no_quoting(people: People, name: str):
+    lists(add_credential("openai", "one", "sk-of-this-account"), name, "gpt-4o")
+    principal = snapshot.load_principal(people.key(people.bob).pk)
+    assert principal is not None
+
+    assert example_model(principal, snapshot.load(), [f"openai/{name}"]) == "openai/gpt-4o"
 
 
 @pytest.mark.parametrize(
     ("models", "shown"),
-    [("", FALLBACK_MODEL), ("demo/*", FALLBACK_MODEL), ("openai/*, openai/gpt-4o", "openai/gpt-4o"), ("openai/*", PLACEHOLDER)],
+    [
+        ("", DEMO_MODEL),
+        ("demo/*", DEMO_MODEL),
+        ("openai/*, openai/o9", "openai/o9"),  # it is not listed, and passed on
+        ("openai/*", "openai/gpt-4o"),
+        ("openai/text-embedding-3, openai/g*", "openai/gpt-4o"),
+        ("fast", "fast"),
+        ("other/*", PLACEHOLDER),
+    ],
 )
-def test_the_lines_to_copy_name_no_model_that_the_key_may_not_use(people: People, models: str, shown: str):
+def test_the_lines_to_copy_name_a_model_that_the_key_can_call(people: People, models: str, shown: str):
+    add_credential("demo", "demo", "")
+    lists(add_credential("openai", "one", "sk-of-this-account"), "text-embedding-3", "gpt-4o")
+    create_route(organization=None, name="fast", targets=[Leads("openai/gpt-4o", 0)])
+
     answer, _ = new_key(browser(people.bob), models=models)
 
-    assert f'"model": "{shown}"' in html.unescape(answer.content.decode())
+    assert shown_model(answer) == shown
+    assert ("no model yet that this key can call" in text(answer)) == (shown == PLACEHOLDER)
+
+
+def test_without_an_account_the_lines_name_no_demo_and_say_so(people: People):
+    key, client = people.key(people.bob), browser(people.bob)
+    assert shown_model(client.get(page(key))) == PLACEHOLDER
+
+    for not_bobs in (
+        add_credential("demo", "theirs", "", organization=people.rival),
+        add_credential("demo", "hers", "", user=people.alice),
+        add_credential("demo", "off", ""),
+        add_credential("demo", "cold", ""),
+    ):
+        if not_bobs.label == "off":
+            disable(not_bobs)
+        if not_bobs.label == "cold":
+            freeze(not_bobs, length=timedelta(minutes=5))
+    lists(add_credential("openai", "keyless", "", settings={"pass_through": True}), "gpt-4o")
+    assert shown_model(client.get(page(key))) == PLACEHOLDER
+
+    add_credential("demo", "mine", "", organization=people.acme)
+    assert shown_model(client.get(page(key))) == DEMO_MODEL
+    FrozenModel.objects.create(pattern="demo/*", until=timezone.now() + timedelta(minutes=5))
+    assert shown_model(client.get(page(key))) == PLACEHOLDER
+
+
+def test_the_lines_name_what_was_used_last_while_it_can_be_called(people: People):
+    key, client = people.key(people.bob), browser(people.bob)
+    add_credential("demo", "demo", "")
+    used(key, served_model="openai/gpt-x")
+    assert shown_model(client.get(page(key))) == DEMO_MODEL  # its account is gone
+
+    add_credential("openai", "one", "sk-of-this-account")
+    assert shown_model(client.get(page(key))) == "openai/gpt-x"
 
 
 # What a page costs
@@ -696,8 +761,11 @@ def test_the_list_takes_as_many_queries_for_30_keys_as_for_1(people: People):
     assert len(many) == len(few) <= 14
 
 
-def test_a_key_page_takes_as_many_queries_for_many_rows_and_limits_as_for_few_and_counts_nothing(people: People):
+def test_a_key_page_takes_as_many_queries_for_many_rows_and_limits_as_for_few_and_counts_nothing(
+    people: People, monkeypatch: pytest.MonkeyPatch
+):
     key, client = people.key(people.bob, limits=[Allowance("money", 10_000_000, "day")]), browser(people.alice)
+    monkeypatch.setattr(snapshot.running, "current", Current(snapshot.load()))  # as in a process that serves
     used(key)
     few = queries_of(client, page(key))
     for number in range(60):
@@ -707,7 +775,7 @@ def test_a_key_page_takes_as_many_queries_for_many_rows_and_limits_as_for_few_an
 
     many = queries_of(client, page(key))
 
-    assert len(many) == len(few) <= 16
+    assert len(many) == len(few) <= 14
     assert not [sql for sql in many if "usageevent" in sql and "COUNT(" in sql.upper()]
     assert Limit.objects.count() == 4
 

@@ -1,6 +1,7 @@
 """Rows -> what the hot path reads: who counts, who does not, and that every change is announced with its commit."""
 
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 from django.conf import settings
@@ -12,6 +13,7 @@ from accounts.principal import digest, mint
 from providers import models as providers
 from providers.secrets import seal
 from proxy import snapshot
+from proxy.catalog import Catalog, Current
 from proxy.models import Route, RouteTarget
 
 pytestmark = pytest.mark.django_db
@@ -148,3 +150,20 @@ def test_a_change_that_is_rolled_back_moves_nothing():
         assert snapshot.version() > seen
         raise ZeroDivisionError
     assert snapshot.version() == seen
+
+
+def test_pages_ask_the_catalog_of_the_server_that_runs_beside_them(monkeypatch: pytest.MonkeyPatch):
+    kept = Catalog(version=-1)
+    refresher = snapshot.Refresher(Current(kept), lambda catalog: None)
+    seen = []
+
+    def is_over() -> bool:
+        seen.append(snapshot.in_force())
+        return True
+
+    monkeypatch.setattr(refresher, "_is_over", is_over)
+    monkeypatch.setattr(snapshot, "connection", SimpleNamespace(close=lambda: None))
+    refresher.run()
+
+    assert seen == [kept]
+    assert snapshot.in_force().version == snapshot.version()  # it runs no more
