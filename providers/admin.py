@@ -61,9 +61,20 @@ class CredentialForm(forms.ModelForm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if "kind" in self.fields:
+            # Whatever stood first would be taken for a recommendation, or be taken without a look.
+            self.fields["kind"].choices = [("", "Choose one"), *registry.choices()]  # type: ignore[attr-defined]
+        if self.instance.pk:
+            self.initial["settings"] = given.masked(self.instance.settings)
         if "prefix" in self.fields:
             self.fields["prefix"].required = False
             self.fields["prefix"].help_text = "Public model ids are prefix/model. Empty = the kind."
+
+    def clean_settings(self) -> dict[str, Any]:
+        said = self.cleaned_data["settings"] or {}
+        if not isinstance(said, dict):
+            raise ValidationError('Settings are a JSON object, such as {"listed_only": true}.')
+        return given.unmasked(said, self.instance.settings if self.instance.pk else {})
 
     def clean(self) -> dict[str, Any]:
         cleaned = super().clean() or self.cleaned_data
@@ -149,7 +160,7 @@ class CredentialAdmin(ModelAdmin):
         fieldsets = [
             (None, {"fields": account, **({} if obj else {"description": _kinds_with_terms()})}),
             ("Use", {"fields": (*use, "state") if obj else use}),
-            ("Settings", {"fields": ("settings",), "description": "For every kind: pass_through, listed_only, proxy_url, http2, ca_pem."}),
+            ("Settings", {"fields": ("settings",), "description": _settings_of([obj.kind] if obj else registry.names())}),
         ]
         if obj:
             fieldsets.append(("Now", {"fields": self._now(obj)}))
@@ -489,6 +500,18 @@ def _terms(adapter: Adapter, settings: Mapping[str, object]) -> SafeString:
 def _kinds_with_terms() -> SafeString:
     rows = ((adapter.title or adapter.name, _terms(adapter, {})) for adapter in map(registry.adapter, registry.names()))
     return format_html('<ul class="flex flex-col gap-1">{}</ul>', format_html_join("", "<li><strong>{}</strong> {}</li>", rows))
+
+
+def _settings_of(kinds: Iterable[str]) -> SafeString:
+    """What may be set for accounts of these kinds."""
+    known = [registry.adapter(kind) for kind in kinds if kind in registry.names()]
+    rows = ((adapter.title or adapter.name, ", ".join(sorted(adapter.settings)) or "none of its own") for adapter in known)
+    return format_html(
+        '<p>A JSON object, such as {{"listed_only": true}}. For every kind: {}. {}</p><ul class="flex flex-col gap-1">{}</ul>',
+        ", ".join(sorted(given.EVERY_KIND)),
+        f"One that is a secret is shown as {given.MASK}, and kept where that stays.",
+        format_html_join("", "<li><strong>{}</strong> {}</li>", rows),
+    )
 
 
 def _actor(request: HttpRequest) -> Model:

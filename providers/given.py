@@ -9,6 +9,7 @@ import re
 import ssl
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
+from typing import Any
 from urllib.parse import urlsplit
 
 from django.core.exceptions import ValidationError
@@ -21,6 +22,7 @@ from providers.oauth import SignIn, TokenSet
 
 FLAGS = frozenset({"pass_through", "listed_only", "http2"})
 EVERY_KIND = FLAGS | {"proxy_url", "ca_pem"}
+MASK = "(set)"  # what is shown in place of a setting that is a secret itself
 WORDS_FOR_FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 MICRO = 1_000_000
 DEAREST_USD = 1_000_000  # per million tokens: more is a slip of the keyboard
@@ -91,6 +93,21 @@ def settings(adapter: Adapter, given: Mapping[str, object]) -> dict[str, object]
         if text:
             kept[name] = _setting(adapter, name, text)
     return kept
+
+
+def masked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As they may be shown."""
+    return {name: MASK if is_secret(name) else value for name, value in settings.items()}
+
+
+def unmasked(settings: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What somebody sent who was shown the kept ones masked: a secret that was left as it was shown stays as it is."""
+    hidden = {name for name, value in settings.items() if is_secret(name) and value == MASK}
+    return {**{name: kept[name] for name in hidden & kept.keys()}, **{name: settings[name] for name in settings if name not in hidden}}
+
+
+def is_secret(setting: str) -> bool:
+    return setting.endswith("secret")
 
 
 def _setting(adapter: Adapter, name: str, text: str) -> object:

@@ -29,7 +29,6 @@ router = Router(tags=["credentials"])
 
 Settings = dict[str, str | int | float | bool | None]
 Secret = Annotated[str, Field(max_length=1 << 20)]
-MASK = "(set)"
 
 
 class KindOut(Schema):
@@ -265,20 +264,24 @@ def _added(body: NewCredential, organization: Organization | None, user: User) -
 def _changed(credential: Credential, body: CredentialChanges, user: User) -> dict[str, Any]:
     changes = body.dict(exclude_unset=True)
     if "settings" in changes:
-        asked = {name: value for name, value in changes["settings"].items() if value != MASK}
-        changes["settings"] = {**credential.settings, **asked}
-        if not (user.is_superuser or body.secret.strip()):
-            _check_way(credential, changes["settings"])
+        changes["settings"] = {**credential.settings, **given.unmasked(changes["settings"], credential.settings)}
+        if not user.is_superuser:
+            _check_way(credential, changes["settings"], is_new=bool(body.secret.strip()))
     notes = actions.change_credential(credential, actor=user, **changes)
     return {**_shown(_one(credential.organization, credential.pk)), "notes": notes}
 
 
-def _check_way(credential: Credential, settings: dict[str, Any]) -> None:
-    """A secret that an operator gave must not leave by another way than the one it was given for, or it could be read there."""
+def _check_way(credential: Credential, settings: dict[str, Any], *, is_new: bool) -> None:
+    """A secret that an operator gave must not leave by another way than the one it was given for, or it could be read there.
+
+    `is_new`: the account gets another one now. A setting that is a secret itself (`client_secret`) is one, too."""
     names = {name for name in {*settings, *credential.settings} if name == "ca_pem" or name.endswith("_url")}
-    changed = [name for name in sorted(names) if settings.get(name) != credential.settings.get(name)]
-    if changed and (credential.secret or credentials.token_of(credential)):
-        raise ValidationError({"settings": f"Give the secret again along with another {' or '.join(changed)}."})
+    changed = " or ".join(name for name in sorted(names) if settings.get(name) != credential.settings.get(name))
+    if changed and not is_new and (credential.secret or credentials.token_of(credential)):
+        raise ValidationError({"settings": f"Give the secret again along with another {changed}."})
+    for name, value in credential.settings.items():
+        if changed and given.is_secret(name) and settings.get(name) == value:
+            raise ValidationError({"settings": f"Give '{name}' again along with another {changed}."})
 
 
 def _shown(credential: Credential) -> dict[str, Any]:
@@ -292,7 +295,7 @@ def _shown(credential: Credential) -> dict[str, Any]:
         "base_url": credential.effective_base_url if adapter is not None else credential.base_url,
         "organization": credential.organization.slug if credential.organization else None,
         "user": credential.user.email if credential.user else None,
-        "settings": {name: MASK if name.endswith("secret") else value for name, value in credential.settings.items()},
+        "settings": given.masked(credential.settings),
         "weight": credential.weight,
         "priority": credential.priority,
         "state": standing.state,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -15,7 +18,7 @@ from django.test import Client
 from django.utils import timezone
 
 from accounts.models import AuditEntry, Organization, User
-from providers import listing
+from providers import listing, registry
 from providers.actions import add_credential, secret_of, set_price
 from providers.models import Credential, KeyringCanary, Price, State, UpstreamModel
 from providers.over_httpx import OverHttpx
@@ -101,6 +104,54 @@ def test_what_is_wrong_is_said_on_the_form_without_the_secret(olga: Operator, ch
 
     assert words in page
     assert not Credential.objects.exists()
+
+
+def test_no_kind_is_chosen_and_the_settings_of_each_are_named(olga: Operator, mine: Credential):
+    page = olga.get("credential/add/")
+
+    [options] = re.findall(r'<select name="kind".*?</select>', page, re.DOTALL)
+    assert re.findall(r"<option value=\"(\w*)\"([^>]*)>", options)[0] == ("", " selected")
+    assert options.count("selected") == 1
+    for name in registry.names():
+        adapter = registry.adapter(name)
+        words = f"<strong>{adapter.title or name}</strong> {', '.join(sorted(adapter.settings)) or 'none of its own'}"
+        assert words in page
+    assert "required" in olga.post("credential/add/", **fields(kind="", new_secret=SECRET))
+    assert Credential.objects.get() == mine
+
+    of_one = olga.get(f"credential/{mine.pk}/change/")
+    assert "ca_pem, http2, listed_only, pass_through, proxy_url" in of_one
+    assert "safety_threshold" not in of_one
+
+
+@pytest.mark.parametrize("sent", ["[1]", '"x"', "7"])
+def test_settings_that_are_no_object_are_refused(olga: Operator, sent: str):
+    assert "Settings are a JSON object" in html.unescape(olga.post("credential/add/", **fields(new_secret=SECRET, settings=sent)))
+    assert not Credential.objects.exists()
+
+
+def test_a_setting_that_is_a_secret_is_shown_as_set_and_kept_by_a_form_that_leaves_it_so(olga: Operator):
+    own = {"client_id": "id", "client_secret": OTHER, "token_url": "https://example.org/token"}
+    made = add_credential("gemini_cli", "G", SECRET, settings=own, accept_policy=True)
+    path = f"credential/{made.pk}/change/"
+
+    def shown() -> dict[str, Any]:
+        [text] = re.findall(r'<textarea name="settings"[^>]*>(.*?)</textarea>', olga.get(path), re.DOTALL)
+        return json.loads(html.unescape(text))
+
+    def saved(settings: dict[str, Any], **changes: str) -> dict[str, Any]:
+        sent = fields(label="G", prefix="gemini_cli", base_url="", settings=json.dumps(settings), accept_policy="on")
+        olga.post(path, **sent | changes)
+        made.refresh_from_db()
+        return made.settings
+
+    assert shown() == {**own, "client_secret": "(set)"}
+    assert saved(shown(), label="H") == own
+    assert (made.label, AuditEntry.objects.filter(action="credential.changed").latest("pk").detail["fields"]) == ("H", ["label"])
+    assert saved({**shown(), "project_id": "p"}) == {**own, "project_id": "p"}
+    assert saved({**shown(), "client_secret": "another"})["client_secret"] == "another"
+    assert "client_secret" not in saved({name: value for name, value in shown().items() if name != "client_secret"})
+    assert "client_secret" not in saved({**shown(), "client_secret": "(set)"})  # there is none to keep
 
 
 def test_a_policy_must_be_accepted_on_the_form(olga: Operator, monkeypatch: pytest.MonkeyPatch):

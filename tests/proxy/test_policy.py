@@ -256,6 +256,23 @@ def test_settings_that_are_secrets_are_not_shown_and_survive_being_sent_back(peo
     assert made.settings == {"client_secret": "hush-hush-hush"}
 
 
+def test_a_setting_that_is_a_secret_leaves_by_no_other_way_than_the_one_it_was_given_for(people: People):
+    kept = {"client_secret": "hush-hush-hush", "token_url": "https://vendor.example/token"}
+    made = add_credential("plan", "P", SECRET, accept_policy=True, organization=people.acme, prefix="acme-plan", settings=kept)
+    path = f"/organizations/acme/credentials/{made.pk}"
+    elsewhere = {"token_url": "https://evil.example/token"}
+
+    for settings in (elsewhere, {**elsewhere, "client_secret": "(set)"}):
+        answer = call(people.alice, "PATCH", path, {"secret": SECRET, "settings": settings})
+        assert (answer.status_code, "client_secret" in answer.content.decode()) == (400, True)
+    made.refresh_from_db()
+    assert made.settings == kept
+    mine = {**elsewhere, "client_secret": "mine"}
+    assert call(people.alice, "PATCH", path, {"secret": SECRET, "settings": mine}).status_code == 200
+    made.refresh_from_db()
+    assert made.settings == mine
+
+
 def test_who_is_no_operator_joins_and_prices_nobody_elses_pool(people: People):
     add_credential("openai", "Shared", SECRET)
     body = {"kind": "demo", "label": "Mine", "prefix": "openai"}
