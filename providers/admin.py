@@ -25,6 +25,7 @@ from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin
 from unfold.decorators import action, display
+from unfold.views import ChangeList
 from unfold.widgets import UnfoldAdminDecimalFieldWidget, UnfoldAdminPasswordWidget, UnfoldBooleanSwitchWidget
 
 from providers import actions, given, queries, registry, signin, tokens
@@ -507,7 +508,7 @@ def _settings_of(kinds: Iterable[str]) -> SafeString:
     known = [registry.adapter(kind) for kind in kinds if kind in registry.names()]
     rows = ((adapter.title or adapter.name, ", ".join(sorted(adapter.settings)) or "none of its own") for adapter in known)
     return format_html(
-        '<p>A JSON object, such as {{"listed_only": true}}. For every kind: {}. {}</p><ul class="flex flex-col gap-1">{}</ul>',
+        '<p class="mb-2">A JSON object, such as {{"listed_only": true}}. For every kind: {}. {}</p><ul class="flex flex-col gap-1">{}</ul>',
         ", ".join(sorted(given.EVERY_KIND)),
         f"One that is a secret is shown as {given.MASK}, and kept where that stays.",
         format_html_join("", "<li><strong>{}</strong> {}</li>", rows),
@@ -578,22 +579,59 @@ class PriceForm(forms.ModelForm):
             raise ValidationError(problem.messages) from None
 
 
+class PricesNow(ChangeList):
+    """Knows of each row that it shows which price is in force for what the row names."""
+
+    def get_results(self, request: HttpRequest) -> None:
+        super().get_results(request)
+        book, now = queries.price_book(), timezone.now().timestamp()
+        self.result_list = list(self.result_list)  # type: ignore[has-type]
+        for row in self.result_list:
+            row.in_force = book.find(row.pattern, now)
+
+
 @admin.register(Price)
 class PriceAdmin(ModelAdmin):
     """A price never changes: a new one is a new row. One that has not begun may still be taken back."""
 
-    list_display = ("pattern", "starts_at", "input_usd", "output_usd", "cached_usd", "cache_write_usd", "long_usd", "source")
+    list_display = ("pattern", "now", "starts_at", "input_usd", "output_usd", "cached_usd", "cache_write_usd", "long_usd", "source")
     list_filter = ("source",)
     search_fields = ("pattern",)
     ordering = ("pattern", "-starts_at")
     list_per_page = 100
+
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
+        return PricesNow
+
+    @display(description="now", label={"in force": "success", "not yet": "info", "replaced": "default", "overruled": "warning"})
+    def now(self, price: Price) -> str:
+        """Whether a request now is charged by this row. Of what a pattern with * names another, closer one may charge a part."""
+        if price.starts_at > timezone.now():
+            return "not yet"
+        in_force = price.in_force  # type: ignore[attr-defined]
+        if in_force.id == price.pk:
+            return "in force"
+        return "replaced" if in_force.pattern == price.pattern else "overruled"
+
+    @display(description="in force now")
+    def in_force(self, price: Price) -> str:
+        found = queries.price_book().find(price.pattern, timezone.now().timestamp())
+        if found is None:
+            return "none for this"
+        if found.id == price.pk:
+            return "this one"
+        return f"{found.pattern}{', by hand' if found.by_hand else ''}: {_usd(found.input)} in, {_usd(found.output)} out"
 
     def get_form(self, request: HttpRequest, obj: Price | None = None, change: bool = False, **kwargs: Any) -> Any:
         return super().get_form(request, obj, change=change, **kwargs if obj else {**kwargs, "form": PriceForm})
 
     def get_fields(self, request: HttpRequest, obj: Price | None = None) -> tuple[str, ...]:
         amounts = ("input_usd", "output_usd", "cached_usd", "cache_write_usd")
-        return ("pattern", *amounts, "long_usd", "starts_at", "source", "created_at") if obj else ("pattern", *amounts, "starts_at")
+        return (
+            ("pattern", *amounts, "long_usd", "starts_at", "in_force", "source", "created_at")
+            if obj
+            else ("pattern", *amounts, "starts_at")
+        )
 
     def get_readonly_fields(self, request: HttpRequest, obj: Price | None = None) -> tuple[str, ...]:
         return self.get_fields(request, obj) if obj else ()

@@ -7,7 +7,8 @@ from datetime import datetime
 
 from django.db.models import Count, QuerySet
 
-from providers.models import Credential, OAuthToken, State
+from providers.models import Credential, OAuthToken, Price, State
+from providers.price import PriceBook
 from providers.tokens import problem_of
 
 
@@ -47,6 +48,10 @@ def standing_of(credential: Credential) -> Standing:
         refreshed_at=token.refreshed_at,
         next_refresh_at=token.next_refresh_at,
     )
+
+
+def price_book() -> PriceBook:
+    return PriceBook(row.in_memory() for row in Price.objects.all())
 
 
 def token_of(credential: Credential) -> OAuthToken | None:

@@ -24,7 +24,7 @@ from accounts.principal import Limit, Principal
 from providers import models as providers
 from providers import registry, tokens
 from providers.oauth import Lease
-from providers.price import PriceBook
+from providers.queries import price_book
 from providers.secrets import SealBroken, SecretText, open_sealed, redact
 from proxy import catalog
 from proxy.catalog import LONGEST_DRAIN_SECONDS, Alias, Catalog, Current, Parameters, Upstream
@@ -142,10 +142,6 @@ def load_principal(key_id: int) -> Principal | None:
     """The caller behind a key, if it works now."""
     found = _principals(_live_keys().filter(pk=key_id))
     return next(iter(found.values()), None)
-
-
-def price_book() -> PriceBook:
-    return PriceBook(row.in_memory() for row in providers.Price.objects.all())
 
 
 def _live_keys() -> models.QuerySet[accounts.ApiKey]:

@@ -324,6 +324,38 @@ def test_a_wrong_price_is_refused_on_the_form(olga: Operator, change: dict[str, 
     assert not Price.objects.exists()
 
 
+def test_the_list_says_of_each_price_whether_it_is_in_force_now(olga: Operator):
+    now = timezone.now()
+
+    def price(pattern: str, days: int, source: str = "hand") -> int:
+        row = {"pattern": pattern, "starts_at": now + timedelta(days=days), "input": 1, "output": 1, "source": source}
+        return Price.objects.create(**row).pk
+
+    expected = {
+        price("a/x", -9): "replaced",
+        price("a/x", -2): "in force",
+        price("a/x", 2): "not yet",
+        price("a/x", -1, "package"): "replaced",  # later, and not by hand
+        price("a/*", -9): "in force",
+        price("a/y", -1, "package"): "overruled",
+        price("b/*", -1, "package"): "in force",
+        price("b/y", -1, "package"): "in force",
+        price("b/y", -1, "upstream"): "",
+    }
+    twin = max(expected)
+    expected |= {twin - 1: "replaced", twin: "in force"}  # of two with one start the later corrects the earlier
+
+    page = olga.get("price/")
+
+    rows = {int(number): row for row in page.split("<tr")[1:] for number in re.findall(r"/admin/providers/price/(\d+)/change/", row)}
+    shown = {number: re.findall(r"in force|not yet|replaced|overruled", row) for number, row in rows.items()}
+    assert {number: words[0] for number, words in shown.items()} == expected
+    assert all(len(words) == 1 for words in shown.values())
+    overruled = next(number for number, word in expected.items() if word == "overruled")
+    assert "a/*, by hand: 0.000001 in, 0.000001 out" in olga.get(f"price/{overruled}/change/")
+    assert "this one" in olga.get(f"price/{twin}/change/")
+
+
 def test_a_price_that_has_not_begun_may_be_taken_back(olga: Operator):
     price = set_price("a/b", "1", "1", starts_at=timezone.now() + timedelta(days=1))
 
