@@ -17,6 +17,8 @@ FILES = [
     "tests/proxy/test_snapshot.py",
     "tests/proxy/test_queries.py",
     "tests/proxy/test_months.py",
+    "tests/proxy/test_request_page.py",
+    "tests/proxy/test_requests_csv.py",
     "tests/proxy/test_totals.py",
     "tests/proxy/test_budget_mails.py",
     "tests/providers/test_tokens.py",

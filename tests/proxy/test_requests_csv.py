@@ -29,7 +29,8 @@ FORMULAS = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", " =1", "＝1", "\r=1")
 
 
 @pytest.fixture
-def people(db: None) -> People:
+def people(transactional_db: None) -> People:
+    """Between two pieces the connection is given back, which no transaction of a test outlives."""
     return People()
 
 
