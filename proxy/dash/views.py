@@ -173,6 +173,7 @@ def one_request(request: HttpRequest, key_id: int, request_id: uuid.UUID) -> Htt
     context = {
         "key": key,
         **row,
+        "span": _span(request),
         "outcome": outcome_of(event),
         "known_how": known_how(event),
         "attempts": attempts_of(event, row["account"]),

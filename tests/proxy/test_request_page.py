@@ -51,6 +51,16 @@ def test_it_is_seen_by_whoever_may_see_its_key(people: People):
         assert path(key, request_id) in browser(user).get(f"/keys/{key.pk}/").content.decode()
 
 
+def test_it_leads_back_to_the_window_that_one_came_from(people: People):
+    key = people.key(people.bob)
+    request_id = used(key)
+    client = browser(people.bob)
+
+    assert f'href="{path(key, request_id)}?range=7d"' in client.get(f"/keys/{key.pk}/?range=7d").content.decode()
+    assert f'href="/keys/{key.pk}/?range=7d#log"' in client.get(path(key, request_id) + "?range=7d").content.decode()
+    assert f'href="/keys/{key.pk}/?range=24h#log"' in client.get(path(key, request_id) + "?range=x").content.decode()
+
+
 def test_a_foreign_request_is_answered_like_a_missing_one(people: People):
     bobs, alices, charlies = people.key(people.bob), people.key(people.alice), people.key(people.charlie)
     of_bob, of_alice, of_charlie = used(bobs), used(alices), used(charlies)
