@@ -219,7 +219,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.phase == REFUSED:
             return self._discard(len(data))
         pace = self.guard.pace
-        if pace.begun >= pace.most and pace.is_full() and self._is_told_full(data):
+        if pace.begun >= pace.most and self._is_told_full(data):
             return None
         while True:
             self.read_bytes = len(data)
@@ -398,9 +398,10 @@ class GuardedProtocol(HttpToolsProtocol):
         if len(self.waiting) >= MOST_PIPELINED:
             raise Refused(Busy("Too many requests wait on this connection: send the next after an answer.", retry_after_seconds=1))
         pace = self.guard.pace
-        full = pace.is_full() or len(self.tasks) >= self.guard.limits.open_requests or self.surplus
+        full = pace.begun >= pace.most or len(self.tasks) >= self.guard.limits.open_requests or self.surplus
         if not full or path in WATCHED:
             return False
+        pace.refuse()
         idle = self.running is None and not self.surplus and not self.flow.write_paused and not self.guard.draining
         small = b"transfer-encoding" not in fields and int(fields.get(b"content-length", b"0")) <= HIGH_WATER_LIMIT
         is_call = usual and self.parser.get_method() == b"POST" and b"upgrade" not in fields
@@ -416,11 +417,11 @@ class GuardedProtocol(HttpToolsProtocol):
         if not (idle and self.guard.calls.is_one(data)):
             return False
         self.phase, self.since = IDLE, self.guard.now
+        self.guard.pace.refuse()
         self._tell_full()
         return True
 
     def _tell_full(self) -> None:
-        self.guard.pace.refuse()
         self.guard.count_refused(FULL.status, FULL.code or FULL.type)
         self.transport.write(TOLD_FULL.answer())
 

@@ -2,7 +2,8 @@
 
 A turn serves all that has come since the last one. Where that is too much, each turn is longer than the one before, until all
 places are taken and everybody waits. From then on a turn begins only as many requests as it has time for and tells the others
-at once that there is no room, which costs a small part of an answer, until nobody has to be told so any more.
+at once that there is no room, which costs a small part of an answer. It is over with the first turn in which nothing has come:
+the loop has caught up.
 """
 
 from __future__ import annotations
@@ -18,49 +19,49 @@ LONG_SECONDS = 0.1
 # How long a turn is to be meanwhile. Few requests at a time are served faster than many: they share the processor's caches.
 WANTED_SECONDS = 0.01
 LEAST = 8
-OVER_SECONDS = 0.5
 
 
 class Pace:
-    __slots__ = ("_refused_at", "_turns", "begun", "most")
+    """Of one event loop. `begun` requests since the last turn, of `most`; `refused`: those that found no room."""
+
+    __slots__ = ("_looks", "begun", "most", "refused")
 
     def __init__(self) -> None:
-        self.begun = 0  # requests, in this turn
+        self.begun = self.refused = 0
         self.most = UNLIMITED
-        self._refused_at = 0.0  # monotonic
-        self._turns = False
+        self._looks = False
 
     def begin(self, loop: asyncio.AbstractEventLoop) -> None:
         """A request begins."""
         self.begun += 1
-        if not self._turns:
-            self._turns = True
+        if not self._looks:
+            self._looks = True
             loop.call_soon(self._turn, loop)
-
-    def is_full(self) -> bool:
-        """Whether this turn begins no more. Cheap to ask only where `begun` has reached `most`."""
-        if self.begun < self.most:
-            return False
-        if time.monotonic() - self._refused_at <= OVER_SECONDS:
-            return True
-        self.most = UNLIMITED
-        return False
 
     def refuse(self) -> None:
         """A request has been told that there is no room."""
-        self._refused_at = time.monotonic()
+        self.refused += 1
 
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
         """What has begun gets its turn now."""
-        begun, self.begun, self._turns = self.begun, 0, False
-        if begun >= LEAST:
-            loop.call_soon(self._look, begun, time.monotonic())
+        begun, self.begun, self.refused = self.begun, 0, 0
+        if begun >= LEAST or self.most < UNLIMITED:
+            loop.call_soon(self._look, loop, begun, time.monotonic())
+        else:
+            self._looks = False
 
-    def _look(self, begun: int, at: float) -> None:
+    def _look(self, loop: asyncio.AbstractEventLoop, begun: int, at: float) -> None:
         """It has had its turn, and what came meanwhile has been read."""
         took = max(time.monotonic() - at, 1e-6)
-        if self.most < UNLIMITED or took >= LONG_SECONDS:
+        if not self.begun and not self.refused:
+            self.most = UNLIMITED
+        elif self.most < UNLIMITED or (took >= LONG_SECONDS and self.refused):
             self.most = max(LEAST, int(begun * WANTED_SECONDS / took))
+        # While it is in force each turn is looked at, so the loop does not wait: the first that has nothing to do ends it.
+        if self.begun or self.most < UNLIMITED:
+            self._turn(loop)
+        else:
+            self._looks = False
 
 
 class WholeCalls:

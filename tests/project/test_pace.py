@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -15,7 +16,7 @@ import uvloop
 
 from project.acceptor import LEAST_AT_ONCE, Acceptor
 from project.guard import Limits
-from project.pace import LEAST, OVER_SECONDS, UNLIMITED, WholeCalls
+from project.pace import LEAST, UNLIMITED, WholeCalls
 from tests.project.raw_http import Peer, Small, request, small
 from tests.serving import eventually
 
@@ -42,8 +43,8 @@ def server() -> Iterator[Small]:
 class Crowd:
     """Clients that ask again as soon as they are answered, whatever the answer."""
 
-    def __init__(self, port: int, count: int) -> None:
-        self.port, self.count = port, count
+    def __init__(self, port: int, count: int, call: bytes = CALL) -> None:
+        self.port, self.count, self.call = port, count, call
         self.statuses: list[int] = []
         self._ended = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
@@ -61,16 +62,24 @@ class Crowd:
         await asyncio.gather(*(self._one() for _ in range(self.count)))
 
     async def _one(self) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         while not self._ended.is_set():
-            writer.write(CALL)
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                await self._ask(reader, writer)
+            writer.close()
+
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Again and again, until the connection ends."""
+        while not self._ended.is_set():
+            writer.write(self.call)
             head = await reader.readuntil(b"\r\n\r\n")
+            while head.startswith(b"HTTP/1.1 100 "):
+                head = await reader.readuntil(b"\r\n\r\n")
             length = next(int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:"))
             await reader.readexactly(length)
             self.statuses.append(int(head[9:12]))
             if self.statuses[-1] == 503:
                 assert b"\r\nretry-after: 1\r\n" in head
-        writer.close()
 
 
 def together(port: int, count: int, path: str) -> list[int]:
@@ -95,9 +104,25 @@ def test_L05_when_the_processor_runs_out_a_turn_begins_what_it_has_time_for(serv
             assert watcher.send(request("/healthz", method="GET")).answer().status == 200
     assert set(meanwhile) == {200, 503}
     assert server.refused[503, "too_many_requests_open"] == crowd.statuses.count(503)
-    time.sleep(OVER_SECONDS + 0.1)
-    assert together(server.port, 4 * LEAST, "/quick") == [200] * 4 * LEAST
-    assert pace.most == UNLIMITED
+    eventually(lambda: pace.most == UNLIMITED, "it is not over")
+    for _ in range(5):
+        assert together(server.port, 4 * LEAST, "/quick") == [200] * 4 * LEAST
+
+
+def test_it_is_over_with_the_rush_and_not_with_the_last_refusal(server: Small) -> None:
+    for _ in range(10):
+        server.guard.pace.most = LEAST
+        first = together(server.port, PLACES, "/quick")
+        assert set(first) <= {200, 503}
+        eventually(lambda: server.guard.pace.most == UNLIMITED, "it is not over")
+        assert together(server.port, PLACES, "/quick") == [200] * PLACES
+    assert server.guard.pace.most == UNLIMITED
+
+
+@pytest.mark.parametrize("more", ["Connection: close\r\n", "Expect: 100-continue\r\n"])
+def test_L05_who_is_refused_by_closing_counts_as_well(server: Small, more: str) -> None:
+    with Crowd(server.port, 4 * PLACES, request(body={"model": "m"}, more=more)):
+        eventually(lambda: server.guard.pace.most < UNLIMITED, "it did not show")
 
 
 def test_a_crowd_that_finds_places_is_served_however_long_it_takes(server: Small) -> None:
@@ -147,7 +172,6 @@ def test_a_call_in_pieces_hears_that_there_is_no_room_too(server: Small) -> None
     with Peer(server.port) as peer:
         pace.most = 0
         for data in (CALL, *(bytes([byte]) for byte in CALL), CALL):
-            pace.refuse()
             peer.send(data)
         for _ in range(3):
             answer = peer.answer()
