@@ -221,11 +221,14 @@ class Connection(asyncio.BufferedProtocol):
             self._interim = True
             answer.fields.clear()
             return
-        coding = answer.fields.get(b"transfer-encoding")
+        fields = answer.fields
+        if self._head_bytes > MOST_HEAD_BYTES - READ_BYTES and sum(map(len, fields)) + sum(map(len, fields.values())) > MOST_HEAD_BYTES:
+            raise NotHttp  # its last read brought some of the body, too, and so was not counted
+        coding = fields.get(b"transfer-encoding")
         if coding is not None and coding.strip().lower() != b"chunked":
             raise NotHttp
         self._keep_alive = self._parser.should_keep_alive()
-        self._until_close = coding is None and b"content-length" not in answer.fields
+        self._until_close = coding is None and b"content-length" not in fields
         answer.status = status
 
     def on_message_complete(self) -> None:

@@ -179,7 +179,7 @@ class RateGate(Gate):
         return over_rate(self.limit, wait) if wait > 1e-6 else None
 
     def take(self, hold: Hold) -> None:
-        self.arrival.at = self._then
+        self.arrival.at = max(self.arrival.at, self._then)
 
     def room(self, now: float) -> Room:
         ahead = self.arrival.at - now

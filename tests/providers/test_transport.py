@@ -255,6 +255,7 @@ async def test_read_gives_the_whole_body_or_its_beginning():
         OK + b"X\x00A: 1\r\n\r\n",
         OK + b"X-Big: " + b"a" * MOST_HEAD_BYTES + b"\r\n\r\n",
         OK + b"X-A: 1\r\n" * (MOST_FIELDS + 1) + b"\r\n",
+        OK + b"".join(b"X-%d: %b\r\n" % (number, b"a" * 900) for number in range(90)) + HELLO[17:],
         OK + b"X-Endless: " + b"a" * 300_000,
         b"HTTP/1.1 100 Continue\r\n\r\n" * 3000 + HELLO,
         HELLO.replace(b"200 OK", b"200 " + b"O" * 300_000),

@@ -125,6 +125,18 @@ def test_a_model_without_a_price_is_refused_under_a_budget_and_only_there():
     reserve(store, hold("b", Limit("key:1", "rpm", 100), money=None))
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_looser_limit_beside_another_of_its_kind_loosens_nothing(swapped):
+    limits = [Limit("key:1", "rpm", 5), Limit("key:1", "rpm", 500, enforce=False)]
+    if swapped:
+        limits.reverse()
+    store = MemoryLimits(Clock())
+    for number in range(5):
+        reserve(store, hold(f"r{number}", *limits))
+    with pytest.raises(OverLimit):
+        reserve(store, hold("r5", *limits))
+
+
 def test_a_shadow_limit_says_what_it_would_have_done_and_lets_pass():
     store = MemoryLimits()
     limit = Limit("key:1", "concurrency", 0, enforce=False)
