@@ -13,7 +13,7 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from accounts import actions
-from accounts.models import ApiKey, Organization
+from accounts.models import ApiKey, Membership, Organization, Role
 from accounts.policy import Allowance
 from providers.models import Credential
 from proxy import queries
@@ -242,7 +242,29 @@ def test_the_log_is_read_by_its_index_and_never_counted(people: People, key: Api
     [sql] = [query["sql"] for query in seen]
     assert "COUNT(" not in sql.upper()
     assert "LIMIT 2" in sql
-    assert "INDEX usage_by_key (key_id=? AND at>" in plan_of(sql)
+    assert_in_order_of_the_index(sql)
+
+
+def test_the_log_of_a_key_is_taken_away_by_its_index(people: People, key: ApiKey, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(queries, "_CHUNK_ROWS", 2)
+    for _ in range(5):
+        used(key)
+    place = Membership(user=people.alice, organization=people.acme, role=Role.OWNER)
+
+    with CaptureQueriesContext(connection) as seen:
+        list(queries.key_rows(place, key.pk, since=timezone.now() - timedelta(hours=1), until=timezone.now()))
+
+    read = [query["sql"] for query in seen if "proxy_usageevent" in query["sql"]]
+    assert len(read) == 3
+    for sql in read:
+        assert_in_order_of_the_index(sql)
+
+
+def assert_in_order_of_the_index(sql: str) -> None:
+    """Else a page would cost what its whole window does. Sorted are at most the rows of one moment."""
+    plan = plan_of(sql)
+    assert "INDEX usage_by_key (key_id=? AND at>" in plan
+    assert "TEMP B-TREE FOR ORDER BY" not in plan
 
 
 def test_the_sums_of_one_key_are_found_by_their_index(people: People, key: ApiKey):
