@@ -15,7 +15,7 @@ from datetime import UTC, datetime, time, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from django.db.models import Max, Model, Q, QuerySet, Sum, Value
+from django.db.models import Exists, Max, Model, Q, QuerySet, Sum, Value
 from django.db.models.functions import TruncDay
 
 from accounts.models import ApiKey, Limit, Membership, Metric, Organization, User
@@ -303,7 +303,7 @@ def recent_requests(
     rows: int = PAGE_ROWS,
 ) -> Page:
     """A key's requests in a window, newest first, by keyset: each page costs the same, however long the log is."""
-    found = UsageEvent.objects.filter(key=_own_key(organization, key_id), at__gte=since)
+    found = UsageEvent.objects.filter(_of_key(organization, key_id), at__gte=since)
     if until is not None:
         found = found.filter(at__lt=until)
     if before is not None:
@@ -315,12 +315,12 @@ def recent_requests(
 
 def request_of(organization: Organization, key_id: int, request_id: uuid.UUID) -> UsageEvent | None:
     """One row of a key's log."""
-    return UsageEvent.objects.of_requests([request_id]).filter(key=_own_key(organization, key_id)).first()
+    return UsageEvent.objects.of_requests([request_id]).filter(_of_key(organization, key_id)).first()
 
 
 def corrections_of(organization: Organization, event: UsageEvent) -> list[UsageEvent]:
     """What was learned of a request after its row was written, as differences. They are of the same moment."""
-    mine = UsageEvent.objects.filter(key=_own_key(organization, event.key_id), at=event.at, corrects=event.request_id)
+    mine = UsageEvent.objects.filter(_of_key(organization, event.key_id), at=event.at, corrects=event.request_id)
     return list(mine.order_by("request_id"))
 
 
@@ -453,7 +453,7 @@ def columns_shown_to(place: Membership) -> list[str]:
 def key_rows(place: Membership, key_id: int, *, since: datetime, until: datetime) -> Iterator[list[dict[str, Any]]]:
     """One key's log within a window as `usage_rows` has it, a chunk at a time. An account that the viewer may not know by name
     has none."""
-    found = UsageEvent.objects.filter(key=_own_key(place.organization, key_id), at__gte=since, at__lt=until)
+    found = UsageEvent.objects.filter(_of_key(place.organization, key_id), at__gte=since, at__lt=until)
     names = _Names()
     for chunk in _in_chunks(found.order_by("at", "request_id")):
         names.learn(chunk)
@@ -582,10 +582,10 @@ def _own(organization: Organization, key_ids: Collection[int]) -> QuerySet[ApiKe
     return ApiKey.objects.filter(organization=organization, pk__in=list(key_ids)).values("pk")
 
 
-def _own_key(organization: Organization, key_id: int) -> QuerySet[ApiKey, Any]:
-    """The same for one key, which is equal to something, and not in a list: only so its rows come in the order of their index. With
-    a list SQLite sorts all that the key did for each page of it."""
-    return _own(organization, [key_id])[:1]
+def _of_key(organization: Organization, key_id: int) -> Q:
+    """Rows of one key, where it is the organization's. The key stands there as a number, and is asked for apart: so SQLite takes the
+    rows in the order of their index, where it would sort all of a list's, and Postgres knows how rare they are."""
+    return Q(Exists(_own(organization, [key_id])), key=key_id)
 
 
 def _scope(limit: Limit) -> Q:
