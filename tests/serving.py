@@ -2,7 +2,8 @@
 
 Commands run in one helper process that stays (`python -m tests.serving`), because starting Django costs a second.
 It runs them through `call_command`, with the server's environment and against the same database. For the same reason a
-server on SQLite is forked from its helper when it starts for the first time; `start_again` starts it from nothing.
+server on SQLite is forked from its helper when it starts for the first time, and the helper and all other servers from
+a process that has imported the libraries (tests/forks.py). Where that makes a difference, say `forked=False`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import atexit
 import contextlib
 import json
 import os
-import runpy
 import shutil
 import signal
 import socket
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tests import migrated
+from tests.forks import Forked, Parent, become, libraries
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 START_SECONDS = 60
@@ -69,33 +70,37 @@ class Sluice:
         self._prefixes: dict[str, str] = {}  # of credentials -> the test file that took it
         self._accounts: Counter[str] = Counter()  # by prefix, those that nobody has waited for
 
-    # The server
-
-    def start(self, *, forked: bool = True) -> Sluice:
-        """Serve on a migrated database; returns when `/readyz` is 200. Raises NotStarted. Not `forked` where memory is measured: it
-        would share some with its helper."""
+    def migrate(self) -> None:
+        """Make its folder and its tables, unless they are there."""
         self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if "DATABASE_URL" not in self.env and not any(self.data_dir.iterdir()):
             migrated.copy_sqlite(self.data_dir)
         elif not migrated.is_migrated(self.env.get("DATABASE_URL"), self.data_dir):
             self.manage("migrate", "--no-input", "-v", "0")
+
+    # The server
+
+    def start(self, *, forked: bool = True) -> Sluice:
+        """Serve on a migrated database; returns when `/readyz` is 200. Raises NotStarted. Not `forked` where memory is measured: it
+        would share some with its helper."""
+        self.migrate()
         if not forked or "DATABASE_URL" in self.env or "REDIS_URL" in self.env:
-            return self.start_again()  # threads keep connections there, and no thread survives a fork
+            return self.start_again(forked=forked)  # threads of the helper keep connections there, and no thread survives a fork
         self._server = self._commands.fork(self._words(), self.log_path)
         return self._started(self._server)
 
-    def start_again(self, *options: str) -> Sluice:
-        """Serve on the same folder and port as before. Options are those of `serve`."""
+    def start_again(self, *options: str, forked: bool = True) -> Sluice:
+        """Serve on the same folder and port as before. Options are those of `serve`. Not `forked` where the test is about how a
+        process begins and ends: then it is Python anew, as it is with several workers."""
         assert self._server is None, "it runs already"
-        with self.log_path.open("ab") as log:
-            self._server = subprocess.Popen(
-                [sys.executable, *self._words(), *options],
-                cwd=REPOSITORY,
-                env=self.env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        words = [*self._words(), *options]
+        with self.log_path.open("ab") as log, open(os.devnull, "rb") as nothing:
+            if forked and self.workers == 1:
+                ended = self.log_path.with_suffix(f".ended-{uuid.uuid4().hex[:8]}")
+                self._server = libraries.fork(words, self.env, ended, (nothing.fileno(), log.fileno(), log.fileno()))
+            else:
+                files = {"stdin": nothing, "stdout": log, "stderr": log}
+                self._server = subprocess.Popen([sys.executable, *words], cwd=REPOSITORY, env=self.env, **files)
         return self._started(self._server)
 
     def _words(self) -> list[str]:
@@ -247,45 +252,12 @@ class Sluice:
         raise AssertionError("the probe was let through")
 
 
-class Forked:
-    """A server that its helper has forked: the part of Popen that is needed here. The helper writes down how it ended."""
-
-    def __init__(self, pid: int, ended: Path) -> None:
-        self.pid = pid
-        self.returncode: int | None = None
-        self._ended = ended
-
-    def poll(self) -> int | None:
-        if self.returncode is None and self._ended.exists():
-            self.returncode = int(self._ended.read_text())
-        return self.returncode
-
-    def wait(self, timeout: float) -> int:
-        deadline = time.monotonic() + timeout
-        while (status := self.poll()) is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("the forked server", timeout)
-            time.sleep(0.005)
-        return status
-
-    def send_signal(self, sign: int) -> None:
-        if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, sign)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
 class Commands:
     """The helper process that runs management commands, one at a time."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self._env = dict(env)
-        self._process: subprocess.Popen[str] | None = None
+        self._process: Forked | None = None
         self._lock = threading.Lock()
 
     def run(self, args: list[str], stdin: str | None) -> str:
@@ -302,33 +274,30 @@ class Commands:
     def _asked(self, order: dict[str, Any]) -> dict[str, Any]:
         with self._lock:
             process = self._started()
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(json.dumps(order) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
+            self._orders.write(json.dumps(order) + "\n")
+            self._orders.flush()
+            line = self._answers.readline()
         if not line:
             raise CommandFailed(f"The helper process ended with {process.wait(10)}.")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _started(self) -> subprocess.Popen[str]:
+    def _started(self) -> Forked:
         if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.serving"],
-                cwd=REPOSITORY,
-                env=self._env,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
+            (orders, ours), (our, answers) = os.pipe(), os.pipe()
+            ended = Path(f"{self._env['DATA_DIR']}.helper-{uuid.uuid4().hex[:8]}")
+            self._process = libraries.fork(["-m", "tests.serving"], self._env, ended, (orders, answers, 2))
+            for theirs in (orders, answers):
+                os.close(theirs)
+            self._orders, self._answers = os.fdopen(ours, "w"), os.fdopen(our)
         return self._process
 
     def close(self) -> None:
         if self._process is not None:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._orders.close()
             self._process.wait(60)
+            self._answers.close()
 
 
 @contextlib.contextmanager
@@ -381,6 +350,7 @@ def _as_arguments(options: Mapping[str, object]) -> list[str]:
 
 def _serve_commands() -> None:
     """The helper process: a line of JSON in, the command, a line of JSON out."""
+    import gc
     import io
     import traceback
 
@@ -390,19 +360,17 @@ def _serve_commands() -> None:
 
     answers, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
     orders = sys.stdin
-    servers: dict[int, Path] = {}
-    signal.signal(signal.SIGCHLD, lambda *_: _write_down_ends(servers))
+    parent = Parent()
     django.setup()
     _ship_what_is_new()
+    gc.freeze()  # for the servers that are forked
     for line in orders:
         order = json.loads(line)
         if "fork" in order:
-            with _signal_waits(signal.SIGCHLD):  # the server may end before we know its number
-                pid = os.fork()
-                if pid:
-                    servers[pid] = Path(order["ended"])
+            pid = parent.fork(Path(order["ended"]))
             if not pid:
-                return _become_server(order["fork"], order["log"])
+                nothing, log = os.open(os.devnull, os.O_RDONLY), os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+                return become(order["fork"], (nothing, log, log))
             answers.write(json.dumps({"pid": pid}) + "\n")
             answers.flush()
             continue
@@ -421,6 +389,7 @@ def _serve_commands() -> None:
             connections.close_all()  # an idle reader would keep SQLite's log from being emptied
         answers.write(json.dumps({"out": out.getvalue(), "failed": failed}) + "\n")
         answers.flush()
+    os._exit(0)  # to take down what it has imported costs as much as half a start
 
 
 def _ship_what_is_new() -> None:
@@ -439,41 +408,6 @@ def _ship_what_is_new() -> None:
         return stored
 
     ledger.ship = ship
-
-
-def _become_server(words: list[str], log: str) -> None:
-    """In the forked process: as if Python had been started with these words, with its output in `log`."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    nothing, written = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    for file, there in ((0, nothing), (1, written), (2, written)):
-        os.dup2(there, file)
-    os.closerange(3, 256)  # our ends of the helper's pipes among them
-    sys.stdout = os.fdopen(1, "w", buffering=1)
-    if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = words
-        runpy.run_path(str(REPOSITORY / words[0]), run_name="__main__")
-
-
-def _write_down_ends(servers: dict[int, Path]) -> None:
-    for pid, ended in list(servers.items()):
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            del servers[pid]
-            unfinished = ended.with_suffix(".part")
-            unfinished.write_text(str(os.waitstatus_to_exitcode(status)))
-            unfinished.rename(ended)
-
-
-@contextlib.contextmanager
-def _signal_waits(sign: int) -> Iterator[None]:
-    signal.pthread_sigmask(signal.SIG_BLOCK, {sign})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {sign})
 
 
 if __name__ == "__main__":

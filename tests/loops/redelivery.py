@@ -122,8 +122,7 @@ def deployment() -> Iterator[tuple[Sluice, Workers, redis.Redis]]:
         sluice = Sluice(folder / "data", DATABASE_URL=url, REDIS_URL=broker.url, **SECRETS)
         workers = Workers(sluice.env, folder)
         try:
-            sluice.data_dir.mkdir(mode=0o700)
-            sluice.manage("migrate", "--no-input", "-v", "0")
+            sluice.migrate()
             for _ in range(WORKERS):
                 workers.start()
             yield sluice, workers, broker.client

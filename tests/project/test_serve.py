@@ -110,7 +110,7 @@ def test_programs_and_people_get_different_front_doors(sluice):
 )
 def test_daphne_serves_the_same_application(tmp_path, command):
     house = Sluice(tmp_path / "data")
-    house.manage("migrate", "-v", "0")
+    house.migrate()
     house.manage("bootstrap")
     key = house.issue_key()
     port = free_port()
@@ -141,7 +141,7 @@ def test_daphne_serves_the_same_application(tmp_path, command):
 @pytest.mark.parametrize(("only", "v1", "pages"), [("gateway", 200, 404), ("web", 404, 200)])
 def test_one_half_can_be_served_alone(tmp_path, only, v1, pages):
     house = Sluice(tmp_path / "data")
-    house.manage("migrate", "-v", "0")
+    house.migrate()
     key = house.issue_key()
     with house.log_path.open("ab") as log:
         server = subprocess.Popen(

@@ -27,7 +27,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, upstream_server: OpenAIUp
     times = {"DRAIN_SECONDS": str(DRAIN_SECONDS), "READER_SECONDS": str(READER_SECONDS)}
     house = Sluice(tmp_path_factory.mktemp("daphne") / "data", CUT_REVOKED_CALLS="1", **times)
     house.command = ["-m", "tests.hurried", "serve"]
-    house.manage("migrate", "--no-input", "-v", "0")
+    house.migrate()
     house.add_openai(upstream_server, prefix="sim")
     yield house, house.issue_key()
     house.close()

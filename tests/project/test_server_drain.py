@@ -22,7 +22,7 @@ STREAMS = 100
 def prepared(tmp_path_factory: pytest.TempPathFactory, upstream_server: OpenAIUpstream) -> Iterator[tuple[Sluice, str]]:
     """A Sluice that does not run, and a key of it: each test starts it and ends it."""
     house = Sluice(tmp_path_factory.mktemp("drain") / "data")
-    house.manage("migrate", "--no-input", "-v", "0")
+    house.migrate()
     house.add_openai(upstream_server, prefix="sim")
     yield house, house.issue_key()
     house.close()
@@ -32,7 +32,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, upstream_server: OpenAIUp
 def house(prepared: tuple[Sluice, str], upstream: OpenAIUpstream, request: pytest.FixtureRequest) -> Iterator[Sluice]:
     house, _ = prepared
     house.env.update({"DRAIN_SECONDS": str(DRAIN_SECONDS), "DRAIN_DELAY": "0", **getattr(request, "param", {})})
-    yield house.start_again()
+    yield house.start_again(forked=False)
     house.kill9()
 
 

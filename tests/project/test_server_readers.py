@@ -197,7 +197,7 @@ def test_F18_a_loop_that_stands_still_is_named_once_and_not_ready_until_it_goes_
 
 def test_F22_a_process_with_few_files_refuses_in_words_and_recovers(tmp_path: Path, upstream: OpenAIUpstream) -> None:
     house = Sluice(tmp_path / "data")
-    house.manage("migrate", "-v", "0")
+    house.migrate()
     house.add_openai(upstream, prefix="sim")
     key = house.issue_key()
     with house.log_path.open("ab") as log:

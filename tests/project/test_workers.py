@@ -103,7 +103,7 @@ def budgets_count(sluice: Sluice) -> None:
 )
 def test_several_workers_need_postgres_and_redis(tmp_path, settings, said):
     house = Sluice(tmp_path / "data", **settings)
-    house.manage("migrate", "-v", "0")
+    house.migrate()
     house.workers = 2
     with pytest.raises(NotStarted, match=said):
         house.start_again()

@@ -56,8 +56,7 @@ WHOLE = f"300 {sum(range(300))} {sum(range(300))}"
 def before(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sluice]:
     def made(**settings: str) -> Iterator[Sluice]:
         sluice = Sluice(tmp_path / "data", **settings)
-        sluice.data_dir.mkdir(mode=0o700)
-        sluice.manage("migrate", "-v", "0")
+        sluice.migrate()
         sluice.manage("migrate", "-v", "0", "proxy", "0003")
         yield sluice
         sluice.close()

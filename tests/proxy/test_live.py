@@ -103,7 +103,7 @@ class House:
 @pytest.fixture(scope="module", params=["uvicorn", "daphne"])
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, upstream_server: OpenAIUpstream) -> Iterator[House]:
     sluice = Sluice(tmp_path_factory.mktemp(request.param) / "data", DRAIN_SECONDS="20", READER_SECONDS="1.5")
-    sluice.manage("migrate", "--no-input", "-v", "0")
+    sluice.migrate()
     sluice.add_openai(upstream_server, prefix="sim")
     yield House(sluice, request.param)
     sluice.close()
