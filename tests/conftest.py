@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import os
 import secrets
@@ -41,6 +42,18 @@ SIM_PRICE = {"input": 3, "output": 15, "cached": 0.3}
 def pytest_configure(config: pytest.Config) -> None:
     for name, needs in {"redis": "Redis", "nginx": "nginx"}.items():
         config.addinivalue_line("markers", f"{name}: needs {needs}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """While tests are found, more and more is kept and nothing thrown away: to look for garbage meanwhile takes as long as to find
+    them, and to look through all of them again and again afterwards a tenth of what tests take."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
