@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
+import httpx2
 import pytest
 from asgiref.sync import async_to_sync
 from hypothesis import HealthCheck
@@ -26,8 +27,10 @@ from tests.migrated import POSTGRES_URL
 from tests.serving import Sluice, running
 from tests.upstreams.openai import OpenAIUpstream
 
-# To read the system's authorities costs a client of httpx's thirty milliseconds; the clients of all tests share one reading.
-httpx._transports.default.create_ssl_context = functools.cache(httpx.create_ssl_context)
+# To read the system's authorities costs a client of httpx's thirty milliseconds; the clients of all tests share one reading, and so
+# do those of OpenAI's SDK, which come from httpx2.
+for library in (httpx, httpx2):
+    library._transports.default.create_ssl_context = functools.cache(library.create_ssl_context)
 
 # Nothing is asserted about speed: a busy machine is no reason for a property to fail.
 hypothesis_settings.register_profile("sluice", deadline=None, suppress_health_check=[HealthCheck.too_slow])
