@@ -24,6 +24,7 @@ from providers.actions import add_credential, set_price
 from providers.models import Credential, Price, PriceSource
 from providers.price import PriceBook, Tokens
 from proxy import ledger
+from proxy.call import Tried
 from proxy.journal import Settled
 from proxy.models import KeyDay, KeyTotal, ModelTotal, RefusedCalls, UsageEvent, UsageTotal
 from proxy.refusals import Refusal
@@ -271,6 +272,7 @@ def _call(
     cost = price.cost(tokens) if price is not None else None if tokens.total else 0
     first = round(chance.lognormvariate(6.0, 0.5))
     pool = pools[model.partition("/")[0]]
+    tried = (Tried(pool[(number + 1) % len(pool)], "demo", "upstream_unreachable", "next", 0, 5),) if chance.random() < 0.03 else ()
     return Settled(
         request_id=_request_id(at, chance),
         at=at,
@@ -286,7 +288,8 @@ def _call(
         stream=stream,
         provider="demo",
         credential=pool[number % len(pool)],
-        attempts=2 if chance.random() < 0.03 else 1,
+        attempts=len(tried) + 1,
+        tried=tried,
         fresh_input=tokens.fresh_input,
         cache_read=tokens.cache_read,
         output=tokens.output,

@@ -20,6 +20,8 @@ from django.db.models.functions import Coalesce
 from django.forms.models import BaseInlineFormSet
 from django.http import HttpRequest
 from django.utils import timezone
+from django.utils.html import format_html_join
+from django.utils.safestring import mark_safe
 from unfold.admin import ModelAdmin, TabularInline
 from unfold.decorators import display
 from unfold.views import ChangeList
@@ -29,6 +31,7 @@ from accounts.admin import Audited
 from accounts.models import ApiKey, Organization, User
 from providers.models import Credential
 from proxy import routes, totals
+from proxy.dash.trip import came_to
 from proxy.models import FrozenModel, OnAbort, RefusedCalls, Rest, Route, RouteTarget, UsageEvent, UsageTotal, moment_of
 from proxy.queries import SHADOW
 from proxy.routes import Leads
@@ -361,7 +364,10 @@ class UsageEventAdmin(ReadOnly):
     search_fields = ("request_id",)
     search_help_text = "The x-request-id of one request, whole."
     fieldsets = (
-        (None, {"fields": ("request_id", "at", "endpoint", "model", "served_model", "provider", "stream", "attempts", "corrects")}),
+        (
+            None,
+            {"fields": ("request_id", "at", "endpoint", "model", "served_model", "provider", "stream", "attempts", "earlier", "corrects")},
+        ),
         ("Whose", {"fields": ("its_organization", "its_user", "its_key", "its_credential")}),
         ("What came of it", {"fields": ("status", "error", "first_byte", "took")}),
         (
@@ -381,7 +387,17 @@ class UsageEventAdmin(ReadOnly):
             },
         ),
     )
-    readonly_fields = ("its_organization", "its_user", "its_key", "its_credential", "shown_cost", "told_cost", "first_byte", "took")
+    readonly_fields = (
+        "its_organization",
+        "its_user",
+        "its_key",
+        "its_credential",
+        "shown_cost",
+        "told_cost",
+        "first_byte",
+        "took",
+        "earlier",
+    )
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[UsageEvent]:
         return (
@@ -438,6 +454,13 @@ class UsageEventAdmin(ReadOnly):
     @display(description="credential")
     def its_credential(self, event: Any) -> str:
         return event.credential_label or str(event.credential_id or "none")
+
+    @display(description="attempts before the last")
+    def earlier(self, event: UsageEvent) -> str:
+        tried = event.tried or []
+        labels = dict(Credential.objects.filter(pk__in=[one["credential"] for one in tried]).values_list("pk", "label"))
+        lines = [(labels.get(one["credential"], one["provider"]), came_to(one)) for one in tried]
+        return format_html_join(mark_safe("<br>"), "{}: {}", lines) or "none"
 
     @display(description="status", label={"good": "success", "left": "warning", "failed": "danger"})
     def shown_status(self, event: UsageEvent) -> tuple[str, str]:

@@ -6,6 +6,7 @@ answer. Costs are micro-dollars (1 USD = 1000000); a request without a price has
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
@@ -85,6 +86,18 @@ class KeyUsageOut(UsageOut):
     refused: list[RefusedOut]
 
 
+class TriedOut(Schema):
+    """An attempt before the last. `account`: its label, or only its provider to who may not know it.
+
+    `then`: why another was made: the `next` account, a `renewed` sign-in, or `without` an option."""
+
+    account: str
+    error: str
+    status: int
+    duration_ms: int
+    then: str
+
+
 class RequestOut(Schema):
     """Tokens: `input` is the whole prompt with what came from a cache; `output` includes reasoning."""
 
@@ -97,6 +110,7 @@ class RequestOut(Schema):
     error: str
     stream: bool
     attempts: int
+    tried: list[TriedOut]
     input_tokens: int
     cached_tokens: int
     cache_write_tokens: int
@@ -151,7 +165,8 @@ def key_requests(
     key = accounts.key_of(place, key_id)
     start, end = _window(since, until)
     page = queries.recent_requests(place.organization, key.pk, since=start, until=end, before=_cursor(before), rows=limit)
-    return {"data": [_shown(event) for event in page.rows], "next": str(page.older) if page.older else None}
+    labels = queries.labels_shown_to(place, page.rows)
+    return {"data": [_shown(event, labels) for event in page.rows], "next": str(page.older) if page.older else None}
 
 
 class FreezeBody(Schema):
@@ -290,7 +305,7 @@ def _refused(one: Refused) -> dict[str, Any]:
     return {"status": one.status, "code": one.code, "count": one.count, "last_hour": one.last_hour, "shadow": one.shadow}
 
 
-def _shown(event: UsageEvent) -> dict[str, Any]:
+def _shown(event: UsageEvent, labels: Mapping[int, str]) -> dict[str, Any]:
     return {
         "request_id": str(event.request_id),
         "at": event.at,
@@ -301,6 +316,16 @@ def _shown(event: UsageEvent) -> dict[str, Any]:
         "error": event.error,
         "stream": event.stream,
         "attempts": event.attempts,
+        "tried": [
+            {
+                "account": labels.get(one["credential"], one["provider"]),
+                "error": one["error"],
+                "status": one.get("status", 0),
+                "duration_ms": one.get("duration_ms", 0),
+                "then": one["then"],
+            }
+            for one in event.tried or ()
+        ],
         "input_tokens": event.input_tokens,
         "cached_tokens": event.cache_read,
         "cache_write_tokens": event.cache_write,

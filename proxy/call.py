@@ -137,6 +137,17 @@ class Admission(Struct, frozen=True):
     started: float  # monotonic, for durations
 
 
+class Tried(Struct, frozen=True, omit_defaults=True):
+    """An attempt that was not the last: with which account, what came of it, and why another was made."""
+
+    credential: int
+    provider: str
+    error: str  # our code of its failure
+    then: str  # "next": the next account's turn; "renewed": the same with a renewed sign-in; "without X": the same, without that option
+    status: int = 0  # as the upstream said; 0 = it said none
+    duration_ms: int = 0
+
+
 class Outcome(Struct):
     """What became of the call so far. The trip fills it; `meter` turns it into the record."""
 
@@ -153,6 +164,9 @@ class Outcome(Struct):
     sent: float = 0.0  # monotonic: this attempt's turn to the upstream began
     heard: float = 0.0  # monotonic: and was over; 0 = it is still the upstream's turn
     waited: float = 0.0  # seconds that earlier attempts took
+    failed: tuple[str, int] | None = None  # the last attempt: our code of its failure, and the status that the upstream said, or 0
+    without: str = ""  # the option that the next attempt leaves out
+    tried: tuple[Tried, ...] = ()  # the attempts before this one
     complete: bool = False  # the stream's own last event has passed: who leaves now has got everything
     granted: Granted = FREE
 
@@ -160,10 +174,25 @@ class Outcome(Struct):
         """A new attempt: what the one before left behind is forgotten."""
         if self.sent:
             now = time.monotonic()
+            if self.target is not None and self.failed is not None:
+                self.tried += (self._tried(self.target, *self.failed, target, now),)
             self.waited, self.sent, self.heard = self.waited_until(now), 0.0, 0.0
         self.target, self.price = target, price
         self.attempts += 1
         self.tokens, self.output_estimate, self.reached, self.first_byte, self.complete = None, 0, False, None, False
+        self.failed = None
+
+    def _tried(self, before: Target, error: str, status: int, after: Target, now: float) -> Tried:
+        then, self.without = f"without {self.without}" if self.without else "renewed", ""
+        is_same = (before.credential_id, before.model) == (after.credential_id, after.model)
+        return Tried(
+            credential=before.credential_id,
+            provider=before.kind,
+            error=error[:100],
+            then=then if is_same else "next",
+            status=status,
+            duration_ms=max(0, round(((self.heard or now) - self.sent) * 1000)),
+        )
 
     def waited_until(self, now: float) -> float:
         """Seconds that were the upstreams' so far: the rest is what we have added ourselves."""

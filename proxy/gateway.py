@@ -250,7 +250,7 @@ class Gateway:
                 except UsageOptionRefused:
                     if ask.client_wants_usage or not ask.add_usage_option:
                         raise
-                    ask.add_usage_option = False
+                    ask.add_usage_option, outcome.without = False, "stream_options"
                     await send(target, ask, catalog, incoming, reply, outcome, deadline)
                     self.health.refuses_usage_option(target)  # only now is it known that the option was to blame
                     return None
@@ -258,6 +258,7 @@ class Gateway:
                     if refused.option in ask.left_out:
                         raise
                     ask.left_out.add(refused.option)
+                    outcome.without = refused.option
                     return await send(target, ask, catalog, incoming, reply, outcome, deadline)
             except UpstreamFailure as problem:
                 self.health.failed(target, problem.cause or problem, [one.credential_id for one in targets])
@@ -278,16 +279,16 @@ class Gateway:
         if reply.mute:
             raise ClientClosed("The client left.")  # the bill to wait for is that of the attempt before: nobody wants another
         outcome.begin(target, catalog.prices.find(target.public_model, incoming.at))
-        first_calls = translate.first_calls(ask, target)
-        if first_calls is None:
-            request = translate.outgoing(ask, target)
-            outcome.sent = time.monotonic()
-        else:
-            outcome.sent = time.monotonic()
-            request = await upstream.after_first_calls(self.transport, first_calls, target, self.overseer, deadline)
-        clock = Clock(self.overseer, deadline, incoming.task)
-        outcome.reached = True
         try:
+            first_calls = translate.first_calls(ask, target)
+            if first_calls is None:
+                request = translate.outgoing(ask, target)
+                outcome.sent = time.monotonic()
+            else:
+                outcome.sent = time.monotonic()
+                request = await upstream.after_first_calls(self.transport, first_calls, target, self.overseer, deadline)
+            clock = Clock(self.overseer, deadline, incoming.task)
+            outcome.reached = True
             async with upstream.answer(self.transport, request, target, clock) as response:
                 if not 200 <= response.status < 300:
                     body = await upstream.error_body(response)
@@ -311,6 +312,7 @@ class Gateway:
                     await reply.whole(200, answer.body, answer.content_type)
             self.health.succeeded(target)
         except UpstreamFailure as problem:
+            outcome.failed = problem.code or problem.type, problem.upstream_status or 0
             if not reply.content_sent and (problem.upstream_status or isinstance(problem, UpstreamUnreachable)):
                 outcome.reached = False  # it refused, or never had the request: nothing is billed
             raise

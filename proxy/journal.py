@@ -19,6 +19,8 @@ from pathlib import Path
 
 import msgspec
 
+from proxy.call import Tried
+
 HEAD = struct.Struct("<II")
 RESERVE_BYTES = 1 << 20
 MOST_RECORD_BYTES = 1 << 20
@@ -77,6 +79,7 @@ class Settled(msgspec.Struct, tag="settled", tag_field="t", omit_defaults=True, 
     usage_source: str = "missing"
     first_byte_ms: int | None = None
     duration_ms: int = 0
+    tried: tuple[Tried, ...] = ()  # the attempts before the last
 
 
 Record = Admitted | Settled

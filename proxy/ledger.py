@@ -71,6 +71,7 @@ class Row(NamedTuple):
     first_byte_ms: int | None
     duration_ms: int
     corrects: Any
+    tried: str | None  # JSON
     milliseconds: int  # not a column: `at` as a number
 
 
@@ -246,6 +247,7 @@ def _row(record: Settled, vendor: str) -> Row:
         record.first_byte_ms,
         record.duration_ms,
         None,
+        msgspec.json.encode(record.tried).decode() if record.tried else None,
         record.at,
     )
 

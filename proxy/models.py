@@ -171,6 +171,8 @@ class UsageEvent(models.Model):
     first_byte_ms = models.IntegerField(null=True)
     duration_ms = models.IntegerField(default=0)
     corrects = models.UUIDField(null=True)
+    # The attempts before the last: see `Tried` in call.py. NULL where the first was the last.
+    tried = models.JSONField(null=True)
 
     objects: ClassVar[UsageEvents] = UsageEvents()
 

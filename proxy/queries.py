@@ -333,9 +333,10 @@ def accounts_shown_to(place: Membership) -> QuerySet[Credential]:
     return Credential.objects.filter(organization=place.organization) if place.manages else Credential.objects.none()
 
 
-def labels_shown_to(place: Membership, events: Iterable[UsageEvent]) -> dict[int, str]:
-    """Of the accounts that served these requests, those that the viewer may know by name, by their number."""
+def labels_shown_to(place: Membership, events: Sequence[UsageEvent]) -> dict[int, str]:
+    """Of the accounts that these requests went to, those that the viewer may know by name, by their number."""
     numbers = {event.credential_id for event in events if event.credential_id is not None}
+    numbers |= {one["credential"] for event in events for one in event.tried or ()}
     return dict(accounts_shown_to(place).filter(pk__in=numbers).values_list("pk", "label"))
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from proxy.models import UsageEvent, UsageSource
+from proxy.templatetags.show import milliseconds
 
 _FAILED = {
     "alias_misconfigured": "The alias leads to something that cannot answer this",
@@ -34,9 +37,7 @@ _FAILED = {
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """`number` is "3", or "1–2" for those of which only their number is kept. `account` is empty for these."""
-
-    number: str
+    number: int
     account: str
     outcome: str
     failed: bool
@@ -72,14 +73,26 @@ def why_no_cost(event: UsageEvent) -> str:
     return "No price was in force for its model, so it is in no sum of costs."
 
 
-def attempts_of(event: UsageEvent, account: str) -> list[Attempt]:
-    """In their order. Of those before the last, which alone has an account in the log, only their number is kept."""
+def attempts_of(event: UsageEvent, account: str, labels: Mapping[int, str]) -> list[Attempt]:
+    """In their order. `account` is the last one's; `labels` has those of the others that the viewer may know."""
     if not event.attempts:
         return []
-    last = Attempt(str(event.attempts), account, outcome_of(event), failed=event.status >= 400)
-    earlier = event.attempts - 1
-    if not earlier:
-        return [last]
-    number = "1" if earlier == 1 else f"1–{earlier}"
-    came_to = "Failed before the client had been sent anything of an answer, so the next one was made"
-    return [Attempt(number, "", came_to, failed=True), last]
+    tried = event.tried or []
+    attempts = [
+        Attempt(number, labels.get(one["credential"], one["provider"]), came_to(one), failed=True) for number, one in enumerate(tried, 1)
+    ]
+    return [*attempts, Attempt(event.attempts, account, outcome_of(event), failed=event.status >= 400)]
+
+
+def came_to(one: Mapping[str, Any]) -> str:
+    """What came of an attempt that was not the last, and why another was made."""
+    what = _FAILED.get(one["error"], f"Failed: {one['error'].replace('_', ' ')}")
+    said = f" ({one['status']})" if one.get("status") else ""
+    then = one["then"]
+    if then == "next":
+        why = "so the next account was asked"
+    elif then == "renewed":
+        why = "so its sign-in was renewed, and it was asked again"
+    else:
+        why = f"so it was asked again {then.replace('_', ' ')}"
+    return f"{what}{said} after {milliseconds(one.get('duration_ms', 0))}, {why}"

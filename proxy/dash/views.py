@@ -157,7 +157,7 @@ def _span(request: HttpRequest) -> Span:
 def _with_accounts(place: Membership, events: Sequence[UsageEvent]) -> list[dict[str, Any]]:
     """Each request with what the account that served it is called for this viewer: by its label, or only by its provider."""
     labels = queries.labels_shown_to(place, events)
-    return [{"event": event, "account": labels.get(event.credential_id or 0, event.provider)} for event in events]
+    return [{"event": event, "account": labels.get(event.credential_id or 0, event.provider), "labels": labels} for event in events]
 
 
 @login_required
@@ -176,7 +176,7 @@ def one_request(request: HttpRequest, key_id: int, request_id: uuid.UUID) -> Htt
         "span": _span(request),
         "outcome": outcome_of(event),
         "known_how": known_how(event),
-        "attempts": attempts_of(event, row["account"]),
+        "attempts": attempts_of(event, row["account"], row["labels"]),
         "corrections": [{"event": one, "outcome": outcome_of(one), "known_how": known_how(one)} for one in corrections],
         "columns": [("As stored", event), *(("Correction", one) for one in corrections)],
         "total": _corrected(event, corrections) if corrections else None,

@@ -50,6 +50,7 @@ def meter(admission: Admission, outcome: Outcome, limits: LimitStore, journal: J
             usage_source=source,
             first_byte_ms=_milliseconds(admission.started, outcome.first_byte) if outcome.first_byte is not None else None,
             duration_ms=_milliseconds(admission.started, now),
+            tried=outcome.tried,
         )
     )
     # What could not be priced keeps what was held for it, or a hard budget would never end.

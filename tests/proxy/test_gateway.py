@@ -536,6 +536,36 @@ async def test_an_option_that_may_be_left_out_is_left_out_once_where_it_is_refus
     assert "thinks" not in json.loads(house.sent[-1].content)
 
 
+async def test_each_attempt_is_kept_with_its_account_its_outcome_and_why_the_next_was_made(tmp_path):
+    def answer(request):
+        account = request.headers["authorization"][-1]
+        if account == "0":
+            return fails(503)
+        if account == "1":
+            return whole(
+                {"error": {"message": "Unknown field stream_options."}}, 400 if "stream_options" in json.loads(request.content) else 429
+            )
+        return stream(*sse(says("a"), {"choices": [], "usage": USAGE}))
+
+    house = House(tmp_path, answer, pool=3)
+    reply = await house.call(CHAT | {"stream": True})
+
+    assert reply.status == 200
+    row = house.settled()
+    assert (row.status, row.attempts, row.credential) == (200, 4, 3)
+    assert [(one.credential, one.provider, one.error, one.status, one.then) for one in row.tried] == [
+        (1, "openai", "overloaded", 503, "next"),
+        (2, "openai", "invalid_request_error", 400, "without stream_options"),
+        (2, "openai", "rate_limit_exceeded", 429, "next"),
+    ]
+
+
+async def test_a_call_that_was_made_once_has_no_attempts_before_it(tmp_path):
+    house = House(tmp_path, lambda request: fails(400))
+    await house.call()
+    assert (house.settled().attempts, house.settled().tried) == (1, ())
+
+
 async def test_what_cannot_be_priced_uses_up_a_hard_budget_by_its_hold(tmp_path):
     limit = Limit("key:1", "money", 20_000, window="total")
     house = House(tmp_path, lambda request: whole({"created": 1, "data": [{"b64_json": "aGk="}]}), limits=(limit,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 
 import pytest
@@ -138,16 +139,27 @@ def test_it_says_in_words_what_became_of_it_and_how_its_figures_are_known(people
     assert words in seen(people.bob, key, used(key, **fields))
 
 
-def test_of_attempts_before_the_last_it_says_what_the_log_has(people: People):
-    key, own = people.key(people.bob), account(OWN, organization=people.acme)
+def test_each_attempt_stands_there_with_what_came_of_it_and_why_another_was_made(people: People):
+    key, own, shared = people.key(people.bob), account(OWN, organization=people.acme), account(SHARED)
+    tried = [
+        {"credential": shared.pk, "provider": "openai", "error": "rate_limit_exceeded", "status": 429, "duration_ms": 31, "then": "next"},
+        {"credential": own.pk, "provider": "openai", "error": "upstream_auth_failed", "status": 401, "then": "renewed"},
+        {"credential": own.pk, "provider": "openai", "error": "invalid_request", "status": 400, "then": "without stream_options"},
+    ]
+    request_id = used(key, credential_id=own.pk, attempts=4, tried=json.dumps(tried))
 
-    once = seen(people.alice, key, used(key, credential_id=own.pk))
-    thrice = seen(people.alice, key, used(key, credential_id=own.pk, attempts=3))
+    said = seen(people.alice, key, request_id)
 
-    assert "not kept" not in once
-    assert "1–2 Accounts not kept Failed before the client had been sent anything of an answer" in thrice
-    assert f"3 {OWN} Answered" in thrice
-    assert "3 attempts" in text(browser(people.alice).get(f"/keys/{key.pk}/"))
+    assert "1 openai The upstream had too many requests or tokens a minute (429) after 31 ms, so the next account was asked." in said
+    assert f"2 {OWN} The upstream refused the account’s secret (401) after 0 ms, so its sign-in was renewed" in said
+    assert f"3 {OWN} Failed: invalid request (400) after 0 ms, so it was asked again without stream options." in said
+    assert f"4 {OWN} Answered." in said
+    assert SHARED not in said
+    assert "4 attempts" in text(browser(people.alice).get(f"/keys/{key.pk}/"))
+    listed = browser(people.alice).get(f"/api/organizations/{people.acme.slug}/keys/{key.pk}/requests").json()["data"]
+    first, *_ = listed[0]["tried"]
+    assert first == {"account": "openai", "error": "rate_limit_exceeded", "status": 429, "duration_ms": 31, "then": "next"}
+    assert [one["account"] for one in listed[0]["tried"]] == ["openai", OWN, OWN]
 
 
 def test_what_was_learned_later_stands_beside_the_figures_that_it_corrects(people: People):
