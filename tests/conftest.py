@@ -195,15 +195,25 @@ def postgres_database(*, empty: bool = False) -> Iterator[str]:
 
 
 @pytest.fixture
-def speak(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Adapter], None]]:
-    """Have an adapter of the test's own speak for a kind: `speak("openai", Picky())`."""
+def know(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, Adapter]], None]]:
+    """Have these kinds be all that there are: `know({})`."""
 
-    def put(name: str, adapter: Adapter) -> None:
-        monkeypatch.setitem(registry._all(), name, adapter)
+    def put(kinds: dict[str, Adapter]) -> None:
+        monkeypatch.setattr(registry, "_all", lambda: kinds)
         registry.adapter.cache_clear()
 
     yield put
     registry.adapter.cache_clear()
+
+
+@pytest.fixture
+def speak(know: Callable[[dict[str, Adapter]], None]) -> Callable[[str, Adapter], None]:
+    """Have an adapter of the test's own speak for a kind: `speak("openai", Picky())`."""
+
+    def put(name: str, adapter: Adapter) -> None:
+        know({**registry._all(), name: adapter})
+
+    return put
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,9 +44,9 @@ class Gone(OpenAICompatible):
 
 
 @pytest.fixture(autouse=True)
-def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+def kinds(know: Callable[[dict[str, Adapter]], None]) -> None:
     known: dict[str, Adapter] = {name: registry.adapter(name) for name in ("demo", "openai")}
-    monkeypatch.setattr(registry, "_all", lambda: known | {"plan": Plan(), "gone": Gone()})
+    know(known | {"plan": Plan(), "gone": Gone()})
 
 
 @pytest.fixture
@@ -166,9 +167,9 @@ def test_the_admins_list_shows_what_was_not_accepted(operator: Client, people: P
     assert "not accepted" not in page(operator, "")
 
 
-def test_the_admin_shows_an_account_of_a_kind_that_is_gone(operator: Client, monkeypatch: pytest.MonkeyPatch):
+def test_the_admin_shows_an_account_of_a_kind_that_is_gone(operator: Client, know: Callable[[dict[str, Adapter]], None]):
     add_credential("plan", "P", SECRET, accept_policy=True)
-    monkeypatch.setattr(registry, "_all", dict)
+    know({})
     assert "unknown" in page(operator, "")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -67,13 +67,13 @@ class Stub(OpenAICompatible):
 
 
 @pytest.fixture(autouse=True)
-def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+def kinds(know: Callable[[dict[str, Adapter]], None]) -> None:
     """The kinds that a file can name, each as a stub: what the real ones make of their tokens is not this test's business."""
     known: dict[str, Adapter] = {name: registry.adapter(name) for name in ("demo", "openai")}
     for name, (policy, words) in KINDS.items():
         signs_in = bool(OAUTH & words)
         known[name] = type(f"Stub{name}", (Stub,), {"name": name, "policy": policy, "settings": frozenset(words), "signs_in": signs_in})()
-    monkeypatch.setattr(registry, "_all", lambda: known)
+    know(known)
 
 
 @pytest.fixture
@@ -194,8 +194,8 @@ def test_a_proxy_that_we_cannot_use_keeps_accounts_from_calling_without_it(file:
     assert any(line.startswith("refused: codegeex[0]: ") for line in said)
 
 
-def test_a_kind_that_is_not_installed_is_said(file: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(registry, "_all", dict)
+def test_a_kind_that_is_not_installed_is_said(file: Path, know: Callable[[dict[str, Adapter]], None]):
+    know({})
     assert "refused: codegeex[0]: this Sluice has no kind 'codegeex'" in run(file, {"codegeex": [{"token": TOKEN}]})
 
 
