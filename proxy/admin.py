@@ -31,8 +31,8 @@ from accounts.admin import Audited
 from accounts.models import ApiKey, Organization, User
 from providers.models import Credential
 from proxy import routes, totals
-from proxy.dash.trip import came_to
 from proxy.models import FrozenModel, OnAbort, RefusedCalls, Rest, Route, RouteTarget, UsageEvent, UsageTotal, moment_of
+from proxy.outcomes import came_to
 from proxy.queries import SHADOW
 from proxy.routes import Leads
 from proxy.templatetags.show import exact_usd, milliseconds, usd

@@ -31,8 +31,8 @@ from proxy import queries, snapshot
 from proxy.dash.forms import FreezeForm, KeyForm, RenameForm, RotateForm
 from proxy.dash.snippets import PLACEHOLDER, example_model, snippets
 from proxy.dash.state import roles_in, state_of
-from proxy.dash.trip import attempts_of, known_how, outcome_of, why_no_cost
 from proxy.models import UsageEvent
+from proxy.outcomes import attempts_of, known_how, outcome_of, why_no_cost
 from proxy.queries import SPANS, Bucket, Cursor, Group, KeyTotals, Span, Sums
 from proxy.sheets import csv_line
 
