@@ -151,14 +151,6 @@ def sluice() -> Iterator[Sluice]:
         yield start(hurried=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def accounts_are_of_one_file(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What a file's tests added to a Sluice that outlives them serves nobody after them."""
-    yield
-    for shared in _RUNNING:
-        shared.retire(request.node.nodeid)
-
-
 @pytest.fixture(scope="session", params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
 def sluice_on(request: pytest.FixtureRequest) -> Iterator[Sluice]:
     """A Sluice on each database."""
@@ -232,7 +224,6 @@ def upstream(upstream_server: OpenAIUpstream) -> OpenAIUpstream:
 @pytest.fixture(scope="session")
 def sim(sluice: Sluice, upstream_server: OpenAIUpstream) -> str:
     """The prefix of a credential on the shared upstream whose models have the price SIM_PRICE."""
-    sluice.share("sim")
     sluice.set_price("sim/*", **SIM_PRICE)
     credential = sluice.add_openai(upstream_server, label="sim", prefix="sim", secret="sk-sim-ok")
     sluice.manage("refresh_models", "--credential", str(credential))

@@ -36,13 +36,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 START_SECONDS = 60
 T = TypeVar("T")
 
-RETIRE = """
-from providers.models import Credential, State
-from proxy import snapshot
-Credential.objects.filter(prefix__in={prefixes!r}).update(state=State.DISABLED)
-snapshot.publish()
-"""
-
 
 class CommandFailed(AssertionError):
     """A management command refused or broke. The message is what it said."""
@@ -183,17 +176,7 @@ class Sluice:
         """A prefix belongs to one file of tests: a second one on the same server would find the first one's accounts in its pool."""
         file = os.environ.get("PYTEST_CURRENT_TEST", "").split("::")[0]
         owner = self._prefixes.setdefault(prefix, file)
-        assert owner in (file, ""), f"{owner} has accounts of the prefix {prefix}; another file needs another name"
-
-    def share(self, prefix: str) -> None:
-        """This prefix belongs to all files: its accounts stay."""
-        self._prefixes[prefix] = ""
-
-    def retire(self, file: str) -> None:
-        """Switch off the accounts whose prefixes this file of tests took: the server reads those of all files at each change of one."""
-        prefixes = [prefix for prefix, owner in self._prefixes.items() if owner == file]
-        if prefixes:
-            self.python(RETIRE.format(prefixes=prefixes))
+        assert owner == file, f"{owner} has accounts of the prefix {prefix}; another file needs another name"
 
     def python(self, code: str) -> str:
         """Run a piece of Python with Django set up, on the server's database; what it printed."""
