@@ -2,8 +2,8 @@
 
 A turn serves all that has come since the last one. Where that is too much, each turn is longer than the one before, until all
 places are taken and everybody waits. From then on a turn begins only as many requests as it has time for and tells the others
-at once that there is no room, which costs a small part of an answer. It is over with the first turn in which nothing has come:
-the loop has caught up.
+at once that there is no room, which costs a small part of an answer. It is over when for half of a while nothing had come: the
+loop has caught up.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ LONG_SECONDS = 0.1
 # How long a turn is to be meanwhile. Few requests at a time are served faster than many: they share the processor's caches.
 WANTED_SECONDS = 0.01
 LEAST = 8
+WHILE_SECONDS = 0.05
 
 
 class Pace:
     """Of one event loop. `begun` requests since the last turn, of `most`; `refused`: those that found no room."""
 
-    __slots__ = ("_looks", "begun", "most", "refused")
+    __slots__ = ("_idle_seconds", "_looks", "_since", "begun", "most", "refused")
 
     def __init__(self) -> None:
         self.begun = self.refused = 0
         self.most = UNLIMITED
         self._looks = False
+        self._since = self._idle_seconds = 0.0  # of this while
 
     def begin(self, loop: asyncio.AbstractEventLoop) -> None:
         """A request begins."""
@@ -52,16 +54,29 @@ class Pace:
 
     def _look(self, loop: asyncio.AbstractEventLoop, begun: int, at: float) -> None:
         """It has had its turn, and what came meanwhile has been read."""
-        took = max(time.monotonic() - at, 1e-6)
-        if not self.begun and not self.refused:
-            self.most = UNLIMITED
-        elif self.most < UNLIMITED or (took >= LONG_SECONDS and self.refused):
-            self.most = max(LEAST, int(begun * WANTED_SECONDS / took))
-        # While it is in force each turn is looked at, so the loop does not wait: the first that has nothing to do ends it.
+        now = time.monotonic()
+        took = max(now - at, 1e-6)
+        if self.most == UNLIMITED:
+            if took >= LONG_SECONDS and self.refused:
+                self._in_force(begun, took)
+                self._since, self._idle_seconds = now, 0.0
+        else:
+            if begun >= LEAST:  # fewer tell little of what one costs
+                self._in_force(begun, took)
+            if not (self.begun or self.refused):
+                self._idle_seconds += took
+            if now - self._since >= WHILE_SECONDS:
+                if self._idle_seconds >= (now - self._since) / 2:
+                    self.most = UNLIMITED
+                self._since, self._idle_seconds = now, 0.0
+        # While it is in force each turn is looked at: the loop does not wait, so that a turn in which nothing comes can be told.
         if self.begun or self.most < UNLIMITED:
             self._turn(loop)
         else:
             self._looks = False
+
+    def _in_force(self, begun: int, took: float) -> None:
+        self.most = max(LEAST, int(begun * WANTED_SECONDS / took))
 
 
 class WholeCalls:
