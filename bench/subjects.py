@@ -169,7 +169,7 @@ class Gateway:
         self.key = self.issue_key(**LIMITS, **BUDGET)
         try:
             with machine.on_core(self.core):
-                self.sluice.start_again()
+                self.sluice.start_again(forked=False)  # whom a helper forks is on the helper's cores, and shares its memory
         except BaseException:
             self.sluice.close()
             raise

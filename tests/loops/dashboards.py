@@ -45,7 +45,7 @@ def run(rows: int, seconds: float, *, people: int = 2) -> dict[str, Any]:
             sluice.add_openai(SimpleNamespace(base_url=f"http://127.0.0.1:{mock.ports[0]}/v1"), prefix="m0")
             key = sluice.issue_key(concurrency=10_000)
             with on_core(cores[-1]):
-                sluice.start_again()
+                sluice.start_again(forked=False)
             calm = streams(sluice, key, seconds / 4)
             pages, ended = [], threading.Event()
             looking = [threading.Thread(target=look, args=(sluice, ended, pages, number)) for number in range(people)]

@@ -60,7 +60,7 @@ def place(**settings: str) -> Iterator[Place]:
             sluice.add_openai(SimpleNamespace(base_url=f"http://127.0.0.1:{port}/v1"), prefix="hung")
             sluice.set_price("*", input=2.5, output=10)
             with on_core(cores[-1]):
-                sluice.start_again()
+                sluice.start_again(forked=False)
             with on_core(cores[0]):
                 yield Place(sluice)
         finally:

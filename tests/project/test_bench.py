@@ -120,6 +120,7 @@ def test_nginx_hands_everything_on(folder: Path, mock: Mock) -> None:
 def test_the_gateway_hands_everything_on(folder: Path, mock: Mock) -> None:
     with Gateway(folder, CORE, mock) as gateway:
         subject = gateway.subject()
+        assert os.sched_getaffinity(subject.pid) == {CORE}
         for kind, tls in (("whole", False), ("burst", False), ("whole", True)):
             figures = bench().measure(subject, mock, shortly(kind, subject, tls=tls))
             assert 0 < figures["main_thread_us"] <= figures["cpu_us"] * 1.05  # the two clocks are read one after the other
