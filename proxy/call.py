@@ -172,7 +172,7 @@ class Outcome(Struct):
 
     def begin(self, target: Target, price: Price | None) -> None:
         """A new attempt: what the one before left behind is forgotten."""
-        if self.sent:
+        if self.attempts:
             now = time.monotonic()
             if self.target is not None and self.failed is not None:
                 self.tried += (self._tried(self.target, *self.failed, target, now),)
@@ -191,9 +191,13 @@ class Outcome(Struct):
             error=error[:100],
             then=then if is_same else "next",
             status=status,
-            duration_ms=max(0, round(((self.heard or now) - self.sent) * 1000)),
+            duration_ms=max(0, round(self._upstreams_until(now) * 1000)),
         )
 
     def waited_until(self, now: float) -> float:
         """Seconds that were the upstreams' so far: the rest is what we have added ourselves."""
-        return self.waited + ((self.heard or now) - self.sent if self.sent else 0.0)
+        return self.waited + self._upstreams_until(now)
+
+    def _upstreams_until(self, now: float) -> float:
+        """Of this attempt; none where its request could not be made."""
+        return (self.heard or now) - self.sent if self.sent else 0.0

@@ -73,7 +73,15 @@ class House:
     """A gateway with its parts in plain sight."""
 
     def __init__(
-        self, tmp_path, handler, *, pool: int = 1, limits: tuple[Limit, ...] = (), timeouts: Timeouts | None = None, **principal: Any
+        self,
+        tmp_path,
+        handler,
+        *,
+        pool: int = 1,
+        limits: tuple[Limit, ...] = (),
+        timeouts: Timeouts | None = None,
+        first_address: str = "https://up/v1",
+        **principal: Any,
     ):
         self.journal = Journal(tmp_path)
         self.limits = MemoryLimits()
@@ -90,7 +98,8 @@ class House:
             peppers=(PEPPER,),
             principals={digest(PEPPER, KEY): caller},
             upstreams=tuple(
-                Upstream(number + 1, "openai", f"u{number}", "a", "https://up/v1", SecretText(f"secret-{number}")) for number in range(pool)
+                Upstream(number, "openai", f"u{number - 1}", "a", address, SecretText(f"secret-{number - 1}"))
+                for number, address in enumerate((first_address, *["https://up/v1"] * (pool - 1)), 1)
             ),
             prices=PriceBook([Price(1, "a/gpt", 0, input=1_000_000, output=2_000_000, cache_read=500_000)]),
         )
@@ -558,6 +567,17 @@ async def test_each_attempt_is_kept_with_its_account_its_outcome_and_why_the_nex
         (2, "openai", "invalid_request_error", 400, "without stream_options"),
         (2, "openai", "rate_limit_exceeded", 429, "next"),
     ]
+
+
+async def test_an_attempt_whose_request_cannot_be_made_is_kept_as_well(tmp_path):
+    house = House(tmp_path, lambda request: whole(), pool=2, first_address="https://up:0/v1")
+    reply = await house.call()
+    row = house.settled()
+    assert (reply.status, row.attempts, row.credential) == (200, 2, 2)
+    assert [(one.credential, one.error, one.status, one.then, one.duration_ms) for one in row.tried] == [
+        (1, "upstream_unreachable", 0, "next", 0)
+    ]
+    assert row.duration_ms < 60_000
 
 
 async def test_a_call_that_was_made_once_has_no_attempts_before_it(tmp_path):
