@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import secrets
+from functools import lru_cache
 from pathlib import Path
 
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -127,5 +128,6 @@ def _fingerprint(secret: str) -> str:
     return hashlib.sha256(b"sluice keyring entry\0" + secret.encode()).hexdigest()[:8]
 
 
+@lru_cache(maxsize=32)  # asked for at each sealed thing that is opened
 def _derive(secret: str, purpose: str) -> bytes:
     return HKDF(algorithm=SHA256(), length=32, salt=None, info=f"sluice:{purpose}:v1".encode()).derive(secret.encode())

@@ -243,6 +243,7 @@ def _open_upstream(row: providers.Credential) -> Upstream:
 
 def _upstream(row: providers.Credential, secret: SecretText, options: Mapping[str, str], lease: Lease | None) -> Upstream:
     pass_through = _is_on(row.settings.get("pass_through"))
+    listed = row.models.all()
     return Upstream(
         id=row.pk,
         kind=row.kind,
@@ -254,8 +255,8 @@ def _upstream(row: providers.Credential, secret: SecretText, options: Mapping[st
         user_id=row.user_id,
         weight=row.weight,
         priority=row.priority,
-        models=frozenset(model.upstream_id for model in row.models.all()),
-        details={model.upstream_id: model.detail for model in row.models.all() if model.detail},
+        models=frozenset(model.upstream_id for model in listed),
+        details={model.upstream_id: model.detail for model in listed if model.detail},
         listed_only=_is_on(row.settings.get("listed_only")),
         pass_through=pass_through,
         callers_key_only=pass_through and not (secret or lease) and registry.adapter(row.kind).needs_secret,
