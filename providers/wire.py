@@ -297,6 +297,19 @@ class Event(msgspec.Struct):
 _decode_event = msgspec.json.Decoder(Event).decode
 decode_json = msgspec.json.Decoder().decode
 encode_json = msgspec.json.Encoder().encode
+# How deep lists and objects may lie in each other. What a decoder itself takes is another depth for each version of Python.
+MOST_LEVELS = 500
+_OUTER = (dict, list)
+
+
+def is_too_deep(value: object) -> bool:
+    """More than MOST_LEVELS levels of lists and objects, in what was JSON."""
+    level = [value] if isinstance(value, _OUTER) else []
+    for _ in range(MOST_LEVELS):
+        level = [inner for outer in level for inner in (outer.values() if type(outer) is dict else outer) if isinstance(inner, _OUTER)]
+        if not level:
+            return False
+    return True
 
 
 _NOT_UTF8 = "A text in it is not UTF-8."

@@ -95,6 +95,8 @@ def clean_values(field: str, values: object) -> dict[str, Any]:
     try:
         if len(wire.encode_json(values)) > MOST_PARAMETERS_BYTES:
             raise ValidationError({field: f"At most {MOST_PARAMETERS_BYTES >> 10} KiB."})
+        if wire.is_too_deep(dict(values)):
+            raise RecursionError
     except (OverflowError, RecursionError, UnicodeEncodeError):
         raise ValidationError({field: "A value is one that JSON cannot carry."}) from None
     for name, value in values.items():

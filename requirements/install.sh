@@ -8,7 +8,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-wanted="Python 3.11, 3.12 or 3.13"
+wanted="Python 3.11, 3.12, 3.13 or 3.14"
 set_name=$1
 requirements="requirements/$set_name.txt"
 stamp=".venv/.installed-$set_name.txt"
@@ -37,7 +37,7 @@ print(" ".join(words))
 '
 
 fits() {
-    case $1 in 3.11 | 3.12 | 3.13) return 0 ;; *) return 1 ;; esac
+    case $1 in 3.11 | 3.12 | 3.13 | 3.14) return 0 ;; *) return 1 ;; esac
 }
 
 refuse() {
@@ -56,7 +56,7 @@ candidates() {
         esac
         return
     fi
-    for name in python3.13 python3.12 python3.11 python3; do
+    for name in python3.14 python3.13 python3.12 python3.11 python3; do
         echo "$PATH" | tr ':' '\n' | while read -r folder; do
             [ ! -x "$folder/$name" ] || echo "$folder/$name"
         done

@@ -199,6 +199,8 @@ def _check_values(raw: bytes) -> None:
 def _decoded(raw: bytes) -> Json:
     try:
         body = wire.decode_json(raw)
+        if len(raw) > 2 * wire.MOST_LEVELS and raw.count(b"[") + raw.count(b"{") > wire.MOST_LEVELS and wire.is_too_deep(body):
+            raise RecursionError
     except RecursionError:
         raise InvalidRequest("The body is nested too deeply.", code="invalid_json") from None
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError):

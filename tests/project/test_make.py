@@ -161,10 +161,10 @@ def test_a_shim_that_fails_does_not_hide_the_python_behind_it(machine: Machine, 
 
 
 def test_without_any_python_one_line_says_which_are_wanted(machine: Machine) -> None:
-    assert the_line(machine.install()) == "No Python was found. Sluice needs Python 3.11, 3.12 or 3.13."
+    assert the_line(machine.install()) == "No Python was found. Sluice needs Python 3.11, 3.12, 3.13 or 3.14."
 
 
-@pytest.mark.parametrize(("version", "why"), [("2.7", "too old"), ("3.9", "too old"), ("3.10", "too old"), ("3.14", "not supported yet")])
+@pytest.mark.parametrize(("version", "why"), [("2.7", "too old"), ("3.9", "too old"), ("3.10", "too old"), ("3.15", "not supported yet")])
 def test_a_python_of_the_wrong_version_is_named(machine: Machine, version: str, why: str) -> None:
     machine.has("python3", version)
     assert f"Found Python {version} ({machine.path}/python3): {why}. Sluice needs" in the_line(machine.install())

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from providers.wire import MOST_LEVELS
 from tests.project.raw_http import cpu_of, memory_of
 from tests.serving import Sluice, eventually
 from tests.upstreams.openai import OpenAIUpstream
@@ -102,14 +103,26 @@ def test_B10_what_is_not_json(client: httpx.Client, sluice: Sluice, raw: bytes) 
     refused(sluice, post(client, raw), 400, "invalid_json")
 
 
-@pytest.mark.parametrize("depth", [2_000, 10_000, 100_000])
+def nested(depth: int, opening: str, closing: str) -> bytes:
+    inner = "1" if closing == "}" else ""
+    return f'{{"model":"sim/gpt-4o","messages":[{{"role":"user","content":"x"}}],"x":{opening * depth}{inner}{closing * depth}}}'.encode()
+
+
+@pytest.mark.parametrize("depth", [MOST_LEVELS, 2_000, 10_000, 100_000])
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
 def test_B10_what_is_nested_too_deeply(client: httpx.Client, sluice: Sluice, depth: int, opening: str, closing: str) -> None:
-    inner = "1" if closing == "}" else ""
-    raw = f'{{"model":"sim/gpt-4o","messages":[],"x":{opening * depth}{inner}{closing * depth}}}'.encode()
-
+    raw = nested(depth, opening, closing)
     refused(sluice, post(client, raw), 400, "invalid_json" if depth < 100_000 else "body_too_complex")
     assert client.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+def test_B10_what_is_nested_as_deeply_as_may_be_goes_through(
+    client: httpx.Client, upstream: OpenAIUpstream, opening: str, closing: str
+) -> None:
+    raw = nested(MOST_LEVELS - 1, opening, closing)
+    assert post(client, raw).status_code == 200
+    assert upstream.last.json["x"] == json.loads(raw)["x"]
 
 
 @pytest.mark.parametrize("number", ["18446744073709551615", "18446744073709551616", "-9223372036854775809", "1" * 400, "0.1", "1e300"])

@@ -246,7 +246,7 @@ def test_a10_over_a_year_each_window_is_reset_once_at_its_own_midnight(zone):
     assert len({moment.date() for moment in moments}) == len(moments) in (365, 366)
 
 
-@pytest.mark.parametrize(("zone", "day"), [("Atlantic/Azores", (2026, 10, 25)), ("America/Havana", (2026, 11, 1))])
+@pytest.mark.parametrize(("zone", "day"), [("Atlantic/Azores", (2024, 10, 27)), ("America/Havana", (2024, 11, 3))])
 @pytest.mark.parametrize("window", ["day", "month"])
 def test_a10_a_midnight_that_comes_twice_begins_one_window(window, zone, day):
     """There the clocks go back from one o'clock: what is spent in the second of the two hours belongs to the same day."""

@@ -82,6 +82,7 @@ def test_an_alias_that_was_written_past_our_forms_is_left_out_alone():
         ({"defaults": {"max_tokens": "many"}}, "defaults", "another type"),
         ({"defaults": {"x": "y" * 20_000}}, "defaults", "16 KiB"),
         ({"defaults": {"x": "\ud800"}}, "defaults", "JSON cannot carry"),
+        ({"defaults": json.loads('{"x":' * 501 + "1" + "}" * 501)}, "defaults", "JSON cannot carry"),
         ({"on_abort": "wait"}, "on_abort", "no policy"),
         ({"on_abort": "drain", "drain_seconds": 31}, "drain_seconds", "30"),
     ],

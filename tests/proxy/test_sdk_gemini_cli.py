@@ -511,9 +511,8 @@ def test_a_project_that_is_not_valid_any_more_is_found_again(client: OpenAI, gem
 def test_a_request_that_cannot_be_sent_is_the_clients_mistake_also_before_the_project_is_known(
     client: OpenAI, gemini: GeminiUpstream
 ) -> None:
-    schema: Any = {"type": "string"}
-    for _ in range(450):
-        schema = {"type": "object", "properties": {"a": schema}}
+    parts: dict[str, Any] = {f"p{number}": {"type": "array", "items": {"$ref": f"#/$defs/p{number + 1}"}} for number in range(1500)}
+    schema: Any = {"$ref": "#/$defs/p0", "$defs": parts | {"p1500": {"type": "string"}}}  # too deep once its references are followed
     tools: Any = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
     for _ in range(2):  # once through the first calls, once without
         with pytest.raises(openai.BadRequestError) as caught:
