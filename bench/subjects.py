@@ -138,7 +138,9 @@ def nginx(folder: Path, core: int, mock: Mock) -> Iterator[Subject | None]:
         process = subprocess.Popen([program, "-p", str(home), "-c", str(config), "-e", str(home / "error.log")])
     try:
         wait_for_port(secure)
-        [worker] = machine.children(process.pid)
+        while not (workers := machine.children(process.pid)) and process.poll() is None:  # it listens first, and makes its worker then
+            time.sleep(0.01)
+        [worker] = workers
         yield Subject("nginx", worker, whole, stream, secure)
     finally:
         process.terminate()
