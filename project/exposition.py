@@ -114,6 +114,16 @@ def requests(page: Page, workers: Mapping[str, Metrics]) -> None:
             for (kind, failure), count in metrics.failures.items()
         ],
     )
+    page.add(
+        "sticky_calls_total",
+        "counter",
+        "Calls of sticky pools: served by the account that they are bound to, or by another.",
+        [
+            ({**_named(worker), "account": account}, count)
+            for worker, metrics in workers.items()
+            for account, count in (("own", metrics.at_home), ("another", metrics.elsewhere))
+        ],
+    )
     page.add("attempts_total", "counter", "Attempts at upstreams.", [(labels, tally.attempts) for labels, tally in tallies])
     page.add("tokens_total", "counter", "Tokens, in parts that add up to the whole.", _tokens(tallies))
     page.add(

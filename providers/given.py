@@ -21,7 +21,8 @@ from providers.failures import UpstreamUnreachable
 from providers.oauth import SignIn, TokenSet
 
 FLAGS = frozenset({"pass_through", "listed_only", "http2"})
-EVERY_KIND = FLAGS | {"proxy_url", "ca_pem"}
+STICKY = ("key", "user", "prompt_cache_key")
+EVERY_KIND = FLAGS | {"proxy_url", "ca_pem", "sticky"}
 MASK = "(set)"  # what is shown in place of a setting that is a secret itself
 WORDS_FOR_FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 MICRO = 1_000_000
@@ -115,6 +116,10 @@ def _setting(adapter: Adapter, name: str, text: str) -> object:
         if text.lower() not in WORDS_FOR_FLAGS:
             raise ValidationError({"settings": f"'{name}' is a switch: 1 or 0."})
         return WORDS_FOR_FLAGS[text.lower()]
+    if name == "sticky":
+        if text not in STICKY:
+            raise ValidationError({"settings": f"'sticky' is one of {', '.join(STICKY)}: what keeps calls with one account of a pool."})
+        return text
     if name == "proxy_url":
         return _http_address("settings", text, "http://proxy.example.org:3128")
     if name == "ca_pem":

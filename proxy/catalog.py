@@ -37,6 +37,7 @@ class Upstream:
     listed_only: bool = False
     pass_through: bool = False  # callers may bring their own secret
     callers_key_only: bool = False  # and have to: it has none of its own
+    sticky: str = ""  # by what calls stay with one account of its pool: see stores/stickiness.py; empty: accounts take turns
     settings: Mapping[str, str] = field(default_factory=dict)
     lease: Lease | None = None  # the secret is an access token
     frozen_until: float = 0.0  # seconds since the epoch

@@ -178,7 +178,7 @@ def _trip(principal: Principal | None, key_state: str, question: Question, here:
     with_key = _ask("upstream key", lambda: with_secret(groups, callers_key))
     pool = {one.id: here.name(one.id, one.label, one.kind) for group in with_key.values() for one, _ in group}
     yield Rule("pool", True, ", ".join(pool.values()))
-    routed = _ask("health", lambda: route(principal, question.model, callers_key, catalog, health))
+    routed = _ask("health", lambda: route(principal, question.model, callers_key, catalog, health, asked.body))
     if routed.alias is not None:
         parameters = routed.alias.parameters
         asked = _ask("parameters", lambda: translate.with_parameters(asked, parameters))

@@ -149,7 +149,7 @@ class Gateway:
                 default_model=endpoint.default_model,
                 seed=endpoint.seed,
             )
-            routed = route(principal, asked.model, incoming.callers_key, catalog, self.health)
+            routed = route(principal, asked.model, incoming.callers_key, catalog, self.health, asked.body)
             if routed.alias is not None:
                 asked = translate.with_parameters(asked, routed.alias.parameters)
             targets = translate.that_have(routed.targets, asked.endpoint)
@@ -176,6 +176,8 @@ class Gateway:
                 self.refusals.count_shadowed(principal, outcome.granted.shadowed)
         drain_seconds = routed.alias.drain_seconds if routed.alias is not None else 0.0
         await self._admitted(incoming, asked, admission, targets, catalog, reply, outcome, drain_seconds)
+        if routed.home is not None and outcome.target is not None:
+            self.metrics.was_bound(at_home=outcome.target.credential_id == routed.home)
 
     async def _admitted(
         self,

@@ -65,6 +65,8 @@ class Metrics(Struct):
     failures: dict[tuple[str, str], int] = field(default_factory=dict)  # of upstreams, by kind and the class of failure
     open: int = 0  # admitted and not settled
     open_streams: int = 0
+    at_home: int = 0  # calls of sticky pools that ended at the account that they are bound to
+    elsewhere: int = 0  # and those that another one had to serve
     draining: int = 0  # of the open ones, those that go on for their bill alone: their clients have left
 
     def refuse(self, status: int, code: str) -> None:
@@ -75,6 +77,11 @@ class Metrics(Struct):
 
     def upstream_failed(self, kind: str, failure: str) -> None:
         self.failures[kind, failure] = self.failures.get((kind, failure), 0) + 1
+
+    def was_bound(self, *, at_home: bool) -> None:
+        """A call of a sticky pool has ended."""
+        self.at_home += at_home
+        self.elsewhere += not at_home
 
     def begin(self, *, stream: bool) -> None:
         self.open += 1

@@ -258,6 +258,7 @@ def _upstream(row: providers.Credential, secret: SecretText, options: Mapping[st
         models=frozenset(model.upstream_id for model in listed),
         details={model.upstream_id: model.detail for model in listed if model.detail},
         listed_only=_is_on(row.settings.get("listed_only")),
+        sticky=str(row.settings.get("sticky", "")),
         pass_through=pass_through,
         callers_key_only=pass_through and not (secret or lease) and registry.adapter(row.kind).needs_secret,
         settings=options,

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -13,11 +14,14 @@ from accounts.principal import Principal
 from providers.adapter import Target
 from providers.failures import CredentialRefused
 from providers.secrets import SecretText
+from providers.wire import Json
 from proxy.catalog import Alias, Catalog
 from proxy.errors import Frozen, InvalidRequest, ModelNotAllowed, ModelNotFound
-from proxy.stores.health import Candidate, Health
+from proxy.stores.health import Health
+from proxy.stores.stickiness import Candidate, bound_by, home
 
 NEVER = math.inf
+NOTHING: Json = {}
 MOST_REMEMBERED = 10_000  # clients make up names of models
 
 
@@ -33,14 +37,15 @@ class Way:
 
 
 class Routed(NamedTuple):
-    """Targets in the order in which to try them, and the alias that led there, if one did."""
+    """Targets in the order in which to try them, the alias that led there, if one did, and the account that the call is bound to."""
 
     targets: list[Target]
     alias: Alias | None = None
+    home: int | None = None
 
 
-def route(principal: Principal, model: str, callers_key: str, catalog: Catalog, health: Health) -> Routed:
-    """Where this call goes.
+def route(principal: Principal, model: str, callers_key: str, catalog: Catalog, health: Health, body: Json = NOTHING) -> Routed:
+    """Where this call goes. Of its body only what sticky pools go by is looked at.
 
     Raises ModelNotFound, ModelNotAllowed, Frozen, InvalidRequest, CredentialRefused when only accounts are left that have to be
     signed in again, and OverLimit or OverBudget when every upstream asked to wait."""
@@ -51,15 +56,19 @@ def route(principal: Principal, model: str, callers_key: str, catalog: Catalog, 
     if known is None or known[0] is not principal:
         way = resolve(principal, model, catalog)
         groups = allowed(principal, model, way, catalog)
-        known = principal, way, groups, not any(candidate[0].callers_key_only for group in groups.values() for candidate in group)
+        upstreams = [upstream for group in groups.values() for upstream, _ in group]
+        known = principal, way, groups, not any(one.callers_key_only for one in upstreams), any(one.sticky for one in upstreams)
         if len(catalog.routes) >= MOST_REMEMBERED:
             catalog.routes.clear()
         catalog.routes[(id(principal), model)] = known
-    _, way, groups, have_secrets = known
+    _, way, groups, have_secrets, is_sticky = known
     if callers_key or not have_secrets:
         groups = with_secret(groups, callers_key)
     ordered = _in_turns(groups, way.alias, health) if way.alias is not None and way.alias.takes_turns else list(groups.values())
-    return Routed([_target(candidate, callers_key, catalog) for candidate in health.order(ordered, own_key=bool(callers_key))], way.alias)
+    bound = partial(bound_by, principal=principal, body=body) if is_sticky else None
+    candidates = health.order(ordered, own_key=bool(callers_key), bound=bound)
+    at_home = None if bound is None else home(ordered[0], bound)
+    return Routed([_target(candidate, callers_key, catalog) for candidate in candidates], way.alias, at_home)
 
 
 def resolve(principal: Principal, model: str, catalog: Catalog) -> Way:

@@ -26,8 +26,8 @@ from providers.failures import (
     gateway_error,
 )
 from providers.wire import ApiError
-from proxy.catalog import Upstream
 from proxy.errors import OverBudget, OverLimit
+from proxy.stores.stickiness import Bound, Candidate, in_order, together
 
 IGNORED_REST_SECONDS = 5.0  # a rest this short is no reason to refuse a call
 REST_SECONDS = {
@@ -48,8 +48,6 @@ EJECTED, PROBING = "ejected", "probing"
 EXTRA_SHARE, EXTRA_AT_LEAST = 0.2, 3
 ALL_MODELS = ""
 MOST_RESTS = 4096
-
-Candidate = tuple[Upstream, str]  # a credential, and the model's name there
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +94,15 @@ class Health:
         self._turns: dict[Hashable, float] = {}  # smooth weighted round robin, of credentials by id and of an alias's targets
         self._no_usage_option: set[tuple[int, str]] = set()
 
-    def order(self, groups: Sequence[Sequence[Candidate]], *, own_key: bool = False) -> list[Candidate]:
+    def order(self, groups: Sequence[Sequence[Candidate]], *, own_key: bool = False, bound: Bound | None = None) -> list[Candidate]:
         """Candidates as they should be tried: group after group; within one by priority, taking turns; resting ones last.
 
-        With the caller's own key only an ejection counts: the other rests are about our accounts.
+        With the caller's own key only an ejection counts: the other rests are about our accounts. `bound` says what calls of a
+        sticky pool stay together by; without it, or where it says nothing, its accounts take turns like others.
 
         Raises OverLimit or OverBudget when every one rests for longer than 5 s because its upstream said so."""
         if not self._rests:
-            return [one for group in groups for one in self._by_turns(group)]
+            return [one for group in groups for one in self._by_turns(group, bound)]
         now = self._clock()
         healthy: list[Candidate] = []
         resting: list[tuple[float, Candidate]] = []
@@ -122,7 +121,7 @@ class Health:
                     refused.append(rest)
                 else:
                     resting.append((rest.until, one))
-            healthy += self._by_turns(well)
+            healthy += self._by_turns(well, bound)
         if refused and not healthy and not resting and not probe:
             raise self._all_rest(refused, now)
         return probe + healthy + [one for _, one in sorted(resting, key=itemgetter(0))]
@@ -264,13 +263,16 @@ class Health:
     def _ejected(self, account: int, now: float) -> bool:
         return self._is_out(account) and self._rests[(account, ALL_MODELS)].until > now
 
-    def _by_turns(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+    def _by_turns(self, candidates: Sequence[Candidate], bound: Bound | None) -> list[Candidate]:
         if len(candidates) < 2:
             return list(candidates)
         best = max(upstream.priority for upstream, _ in candidates)
         first = [one for one in candidates if one[0].priority == best]
         rest = [one for one in candidates if one[0].priority < best]
         if len(first) > 1:
-            places = self.take_turns([(upstream.id, upstream.weight) for upstream, _ in first])
-            first = [first[place] for place in places]
-        return first + (self._by_turns(rest) if rest else [])
+            if bound is not None and (name := together(first, bound)):
+                first = in_order(first, name)
+            else:
+                places = self.take_turns([(upstream.id, upstream.weight) for upstream, _ in first])
+                first = [first[place] for place in places]
+        return first + (self._by_turns(rest, bound) if rest else [])

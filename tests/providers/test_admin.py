@@ -120,7 +120,7 @@ def test_no_kind_is_chosen_and_the_settings_of_each_are_named(olga: Operator, mi
     assert Credential.objects.get() == mine
 
     of_one = olga.get(f"credential/{mine.pk}/change/")
-    assert "ca_pem, http2, listed_only, pass_through, proxy_url" in of_one
+    assert "ca_pem, http2, listed_only, pass_through, proxy_url, sticky" in of_one
     assert "safety_threshold" not in of_one
 
 

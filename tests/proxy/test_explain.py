@@ -302,6 +302,19 @@ def _one_rests(world: World) -> None:
     world.failed(one, RateLimited("Slow down.", retry_after_seconds=60))
 
 
+def _sticky(world: World) -> None:
+    for label in ("one", "two", "three", "four"):
+        world.credential(label, settings={"sticky": "user"})
+    world.asks("a/gpt", user="ann")
+
+
+def _sticky_whose_account_rests(world: World) -> None:
+    _sticky(world)
+    routed = world.explained().serves
+    assert routed is not None
+    world.failed(Credential.objects.get(pk=routed.credential_id), RateLimited("Slow down.", retry_after_seconds=60))
+
+
 def _ejected(world: World) -> None:
     one = world.credential("one")
     world.credential("two")
@@ -405,6 +418,8 @@ SITUATIONS = {
     "every account is out of credit": Situation("health", _out_of_credit),
     "one account rests": Situation("", _one_rests),
     "one account was ejected": Situation("", _ejected),
+    "a sticky pool": Situation("", _sticky),
+    "a sticky pool whose account for this user rests": Situation("", _sticky_whose_account_rests),
     "the upstream has no such endpoint": Situation("endpoint", _no_such_endpoint),
     "no price under a budget": Situation("limit key", _unpriced_under_budget),
     "a budget that is too small": Situation("limit key", _over_budget),

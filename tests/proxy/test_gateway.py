@@ -81,6 +81,7 @@ class House:
         limits: tuple[Limit, ...] = (),
         timeouts: Timeouts | None = None,
         first_address: str = "https://up/v1",
+        sticky: str = "",
         **principal: Any,
     ):
         self.journal = Journal(tmp_path)
@@ -98,7 +99,7 @@ class House:
             peppers=(PEPPER,),
             principals={digest(PEPPER, KEY): caller},
             upstreams=tuple(
-                Upstream(number, "openai", f"u{number - 1}", "a", address, SecretText(f"secret-{number - 1}"))
+                Upstream(number, "openai", f"u{number - 1}", "a", address, SecretText(f"secret-{number - 1}"), sticky=sticky)
                 for number, address in enumerate((first_address, *["https://up/v1"] * (pool - 1)), 1)
             ),
             prices=PriceBook([Price(1, "a/gpt", 0, input=1_000_000, output=2_000_000, cache_read=500_000)]),
@@ -567,6 +568,21 @@ async def test_each_attempt_is_kept_with_its_account_its_outcome_and_why_the_nex
         (2, "openai", "invalid_request_error", 400, "without stream_options"),
         (2, "openai", "rate_limit_exceeded", 429, "next"),
     ]
+
+
+async def test_calls_of_a_sticky_pool_are_counted_by_whether_their_account_served_them(tmp_path):
+    house = House(tmp_path, lambda request: whole(), pool=2, sticky="user")
+    served = {(await house.call(CHAT | {"user": "ann"})).status for _ in range(3)}
+    assert served == {200}
+    home = {request.headers["authorization"] for request in house.sent}
+    assert len(home) == 1
+    house.gateway.health.rest(house.settled().credential, "", 60, named=False, reason="tired")
+    assert (await house.call(CHAT | {"user": "ann"})).status == 200
+    assert {request.headers["authorization"] for request in house.sent} > home
+    metrics = house.gateway.metrics
+    assert (metrics.at_home, metrics.elsewhere) == (3, 1)
+    await house.call()
+    assert (metrics.at_home, metrics.elsewhere) == (3, 1), "a call that says nothing is bound to none"
 
 
 async def test_an_attempt_whose_request_cannot_be_made_is_kept_as_well(tmp_path):

@@ -192,7 +192,7 @@ def test_the_api_lists_the_kinds_with_what_their_terms_say(people: People, path:
     assert kinds["plan"] == {
         "name": "plan", "title": "The Plan", "policy": "restricted", "policy_source": SOURCE, "policy_note": NOTE, "free": True,
         "needs_secret": True, "signs_in": True, "base_url": "https://plan.example/v1", "endpoints": sorted(Plan.endpoints),
-        "settings": ["ca_pem", "client_secret", "http2", "listed_only", "pass_through", "proxy_url", "token_url"],
+        "settings": ["ca_pem", "client_secret", "http2", "listed_only", "pass_through", "proxy_url", "sticky", "token_url"],
     }  # fmt: skip
     assert (kinds["openai"]["policy"], kinds["openai"]["signs_in"]) == ("allowed", False)
 

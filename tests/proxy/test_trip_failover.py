@@ -116,3 +116,27 @@ def test_the_last_failure_is_told_when_all_fail(sluice: Sluice, upstream: OpenAI
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
     assert sluice.row(answer.headers["x-request-id"])["attempts"] == 3
+
+
+def test_a_user_of_a_sticky_pool_stays_with_one_account_and_moves_on_while_it_fails(sluice: Sluice, upstream: OpenAIUpstream) -> None:
+    # One of them fails every call, so that half of the users meet it first: they are served by the other, and the rest keep theirs.
+    sluice.add_openai(upstream, prefix="sticky", secret="sk-sim-ok", sticky="user")
+    sluice.add_openai(upstream, prefix="sticky", secret="sk-sim-429-long", sticky="user")
+    sluice.wait_for("sticky")
+    with httpx.Client(base_url=f"{sluice.url}/v1", headers={"authorization": f"Bearer {sluice.issue_key()}"}, timeout=20) as client:
+        answers = [
+            client.post("chat/completions", json={**BODY, "model": "sticky/gpt-4o", "user": f"u{number}"})
+            for number in range(12)
+            for _ in range(2)
+        ]
+        page = client.get(f"{sluice.url}/metrics").text
+    assert {answer.status_code for answer in answers} == {200}
+    own, another = (
+        int(line.split()[-1])
+        for account in ("own", "another")
+        for line in page.splitlines()
+        if f'sticky_calls_total{{account="{account}"' in line
+    )
+    assert own + another == 24
+    assert own % 2 == another % 2 == 0
+    assert min(own, another) > 0
