@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 from django.http import Http404
 from django.shortcuts import get_object_or_404
 
 from accounts.models import ApiKey, Membership, Organization, Role, User
+from accounts.principal import ID_LENGTH, PREFIX
 
 
 def organizations_of(user: User) -> QuerySet[Organization]:
@@ -46,6 +47,14 @@ def keys_visible_to(place: Membership) -> QuerySet[ApiKey]:
         .order_by("-pk")
     )
     return keys.filter(user=place.user) if place.role == Role.MEMBER else keys
+
+
+def named_like(keys: QuerySet[ApiKey], words: str) -> QuerySet[ApiKey]:
+    """Those with this in their name, of somebody with this in his e-mail, or that begin as a key that was found somewhere begins."""
+    found = Q(name__icontains=words) | Q(user__email__icontains=words)
+    if words.startswith(PREFIX):
+        found |= Q(handle__startswith=words[len(PREFIX) :].partition("…")[0][:ID_LENGTH])
+    return keys.filter(found)
 
 
 def key_of(place: Membership, key_id: int) -> ApiKey:

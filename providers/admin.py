@@ -611,7 +611,8 @@ class PriceAdmin(ModelAdmin):
         in_force = price.in_force  # type: ignore[attr-defined]
         if in_force.id == price.pk:
             return "in force"
-        return "replaced" if in_force.pattern == price.pattern else "overruled"
+        is_older = price.starts_at.timestamp() <= in_force.starts_at  # else one by hand goes before it
+        return "replaced" if in_force.pattern == price.pattern and is_older else "overruled"
 
     @display(description="in force now")
     def in_force(self, price: Price) -> str:

@@ -53,6 +53,7 @@ class KeyForm(forms.Form):
         if place.manages:
             # An operator who is no member holds no key there: whose it is has to be said.
             self.fields["email"].initial = place.user.email if place.pk else ""
+            self.fields["email"].widget.attrs["placeholder"] = "Whose it is: a member’s e-mail"
             teams = Team.objects.filter(organization=place.organization)
         else:
             del self.fields["email"]
@@ -62,8 +63,13 @@ class KeyForm(forms.Form):
         self.fields["budget"].widget.attrs["inputmode"] = "decimal"
 
     @property
+    def owner(self) -> forms.BoundField | None:
+        """Where it has to be said, beside the name: who may issue keys and has no place here himself."""
+        return self["email"] if "email" in self.fields and not self.fields["email"].initial else None
+
+    @property
     def places(self) -> list[forms.BoundField]:
-        return [self[name] for name in self.PLACES if name in self.fields]
+        return [self[name] for name in self.PLACES if name in self.fields and not (name == "email" and self.owner)]
 
     @property
     def limits(self) -> list[forms.BoundField]:
@@ -71,9 +77,8 @@ class KeyForm(forms.Form):
 
     @property
     def is_unfolded(self) -> bool:
-        """A mistake in what is folded away, or an owner who has yet to be named: it has to be open then."""
-        lacks_owner = "email" in self.fields and not self["email"].value()
-        return lacks_owner or any(self[name].errors for name in (*self.PLACES, *self.LIMITS) if name in self.fields)
+        """A mistake in what is folded away: it has to be open then."""
+        return any(field.errors for field in (*self.places, *self.limits))
 
     def clean_name(self) -> str:
         return policy.clean_name(self.cleaned_data["name"])

@@ -90,7 +90,7 @@ def _list(request: HttpRequest, place: Membership, form: KeyForm, status: int = 
     found = accounts.keys_visible_to(place)
     search = request.GET.get("q", "").strip()[:150]
     if search:
-        found = found.filter(name__icontains=search)
+        found = accounts.named_like(found, search)
     before = request.GET.get("before", "")
     if before.isascii() and before.isdigit() and len(before) < 19:
         found = found.filter(pk__lt=int(before))

@@ -83,3 +83,13 @@ def test_a_member_is_found_only_in_their_organization(people: People):
     assert queries.member_of(people.acme, " Bob@example.org ") == people.bob
     assert queries.member_of(people.acme, "charlie@example.org") is None
     assert queries.member_of(people.acme, "nobody@example.org") is None
+
+
+def test_a_key_is_found_by_its_name_its_owner_or_as_it_begins(people: People, keys: dict[str, ApiKey]):
+    visible = queries.keys_visible_to(queries.standing(people.alice, "acme"))
+    handle = keys["bobs"].handle or ""
+    beginnings = (f"sk-sluice-{handle[:6]}", f"sk-sluice-{handle}", f"sk-sluice-{handle}and-all-the-rest", keys["bobs"].hint)
+    for words in ("BOBS", "bob@", *beginnings):
+        assert [key.name for key in queries.named_like(visible, words)] == ["bobs"], words
+    assert not queries.named_like(visible, "charlie")
+    assert not queries.named_like(visible, f"sk-sluice-{keys['charlies'].handle}")

@@ -335,7 +335,7 @@ def test_the_list_says_of_each_price_whether_it_is_in_force_now(olga: Operator):
         price("a/x", -9): "replaced",
         price("a/x", -2): "in force",
         price("a/x", 2): "not yet",
-        price("a/x", -1, "package"): "replaced",  # later, and not by hand
+        price("a/x", -1, "package"): "overruled",  # later, and not by hand
         price("a/*", -9): "in force",
         price("a/y", -1, "package"): "overruled",
         price("b/*", -1, "package"): "in force",
@@ -351,7 +351,7 @@ def test_the_list_says_of_each_price_whether_it_is_in_force_now(olga: Operator):
     shown = {number: re.findall(r"in force|not yet|replaced|overruled", row) for number, row in rows.items()}
     assert {number: words[0] for number, words in shown.items()} == expected
     assert all(len(words) == 1 for words in shown.values())
-    overruled = next(number for number, word in expected.items() if word == "overruled")
+    overruled = next(number for number, word in expected.items() if word == "overruled" and "a/y" in rows[number])
     assert "a/*, by hand: 0.000001 in, 0.000001 out" in olga.get(f"price/{overruled}/change/")
     assert "this one" in olga.get(f"price/{twin}/change/")
 
