@@ -15,8 +15,9 @@ from proxy.errors import Unavailable
 from proxy.journal import Admitted, Journal, JournalFull
 from proxy.stores.limits import Hold, LimitStore
 
-# What is held for a model's output when the client sets no ceiling: the excess of one request at most.
-OUTPUT_WHEN_UNSAID = 4096
+# What is held for a model's output when the client sets no ceiling; and the most that a model writes, by what vendors document,
+# which is held where another call is under way under the same hard budget: what is spent beyond it is one request's excess at most.
+OUTPUT_WHEN_UNSAID, OUTPUT_AT_MOST = 4_096, 131_072
 # A picture's tokens do not follow from its bytes. This is the most that a vendor documents for one: OpenAI's gpt-4o-mini counts
 # 2 833 and 5 667 for each tile, of which there are eight at most.
 PICTURE_TOKENS = 2_833 + 8 * 5_667
@@ -57,14 +58,21 @@ def hold_of(request_id: str, at: float, principal: Principal, asked: Asked, targ
     """The most that the call may use, of everything that may be limited."""
     ceiling = asked.head.ceiling()
     # A client may allow more than any upstream can say it has used; what is held for it must still fit into Redis's integers.
-    output = min((OUTPUT_WHEN_UNSAID if ceiling is None else max(0, ceiling)) * asked.head.choices(), MOST_TOKENS)
+    choices = asked.head.choices()
+    output = min((OUTPUT_WHEN_UNSAID if ceiling is None else max(0, ceiling)) * choices, MOST_TOKENS)
+    size = asked.size + pictures_in(asked.body) * PICTURE_TOKENS
+    money = dearest(targets, catalog, at, size, output) if principal.limits else 0
+    most = None
+    if ceiling is None and any(limit.metric == "money" for limit in principal.limits):
+        most = dearest(targets, catalog, at, size, min(OUTPUT_AT_MOST * choices, MOST_TOKENS))
     return Hold(
         request_id=request_id,
         at=at,
         scopes=principal.scopes,
         limits=principal.limits,
         tokens=estimated_input(asked.size) + (output if ceiling is not None else 0),
-        money=dearest(targets, catalog, at, asked.size + pictures_in(asked.body) * PICTURE_TOKENS, output) if principal.limits else 0,
+        money=money,
+        most=most if most != money else None,
     )
 
 

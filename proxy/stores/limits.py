@@ -24,6 +24,9 @@ class Hold(Struct, frozen=True):
     limits: tuple[Limit, ...]
     tokens: int
     money: int | None  # micro-dollars; None = the model has no price
+    # Of a call that says no ceiling: what it may come to at most. Held in place of `money` where it is not alone under a hard
+    # budget, so that of all calls without a ceiling one alone can exceed what it holds. None = `money` is that.
+    most: int | None = None
 
 
 # One counter of money: scope, window, time zone.
@@ -59,11 +62,15 @@ def over_open(limit: Limit) -> OverLimit:
     return OverLimit(said, code="concurrency_limit_exceeded", retry_after_seconds=1)
 
 
-def over_budget(limit: Limit) -> OverBudget:
+def over_budget(limit: Limit, *, beside_others: bool = False) -> OverBudget:
+    """`beside_others`: one without a ceiling, for which there is no room beside the calls under way."""
     dollars = format(Decimal(limit.amount) / 1_000_000, "f")
-    return OverBudget(
-        f"This request could exceed the budget of {dollars} USD {'in total' if limit.window == 'total' else f'per {limit.window}'}."
-    )
+    said = f"This request could exceed the budget of {dollars} USD {'in total' if limit.window == 'total' else f'per {limit.window}'}."
+    if beside_others:
+        problem = OverBudget(f"{said} Set max_tokens, or send it when no other is under way.", retry_after_seconds=1)
+        problem.should_retry = True
+        return problem
+    return OverBudget(said)
 
 
 @lru_cache(maxsize=4096)

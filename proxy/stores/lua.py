@@ -40,8 +40,9 @@ local function arrive(key, at, now)
 end
 """
 
-# ARGV: epoch, lease, worker, request, tokens, money, mode; then of each gate: kind, key, amount, enforce, start.
-# Mode 1 asks; mode 2 takes back what a worker holds already, whatever the limits say.
+# ARGV: epoch, lease, worker, request, tokens, money, most, mode; then of each gate: kind, key, amount, enforce, start.
+# Mode 1 asks; mode 2 takes back what a worker holds already, whatever the limits say. `most` (or -) is held in place of `money`
+# where anything is held under a hard budget: see Hold.
 # Gives {1, shadowed gates, then of requests and of tokens: limit, remaining, microseconds until all is free (or -1)},
 # {0, gate, microseconds to wait}, {2} another epoch, {3, gate} a budget that is not loaded.
 RESERVE = (
@@ -51,16 +52,24 @@ local epoch = call('HGET', KEYS[1], 'id')
 if epoch ~= ARGV[1] then return {2} end
 local mine = base .. epoch .. ':'
 local holds = mine .. 'holds:' .. ARGV[3]
-local asks = ARGV[7] == '1'
+local asks = ARGV[8] == '1'
 if call('HEXISTS', holds, ARGV[4]) == 1 or not asks and call('EXISTS', mine .. 'done:' .. ARGV[4]) == 1 then
   return {1, '', -1, -1, -1, -1, -1, -1}
 end
-local now, tokens, money = clock(), tonumber(ARGV[5]), tonumber(ARGV[6])
-local seconds = now / 1000000
+local now, tokens, money, most = clock(), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local seconds, beside = now / 1000000, false
+if asks and most then
+  for i = 9, #ARGV, 5 do
+    local held = ARGV[i] == 'm' and ARGV[i + 3] == '1' and call('HGET', mine .. 'money:' .. ARGV[i + 1], 'h' .. ARGV[i + 4])
+    beside = beside or held and tonumber(held) > 0
+  end
+  if beside then money = most end
+end
+local holding = money and string.format('%.0f', money) or ARGV[6]
 local taken, shadowed, room, ats = {}, '', {r = {-1, -1, -1}, t = {-1, -1, -1}}, {}
-for i = 8, #ARGV, 5 do
+for i = 9, #ARGV, 5 do
   local kind, key, amount, enforce, start = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3] == '1', ARGV[i + 4]
-  local gate, wait = (i - 8) / 5, nil
+  local gate, wait = (i - 9) / 5, nil
   if kind == 'r' or kind == 't' then
     local cost = kind == 'r' and 1 or math.min(tokens, amount)
     if amount == 0 then
@@ -99,7 +108,7 @@ for i = 8, #ARGV, 5 do
       call('HSET', mine .. 'money:' .. key, 's' .. start, '0')
     end
     if known[1] and money and (tonumber(known[2]) or 0) + (tonumber(known[3]) or 0) + money > amount then
-      wait = 0
+      wait = beside and 1000000 or 0
     end
     taken[#taken + 1] = {kind, key, start}
   end
@@ -117,17 +126,17 @@ for g = 1, #taken do
     call('HINCRBY', mine .. 'open:' .. key, ARGV[2], 1)
     call('EXPIRE', mine .. 'open:' .. key, 86400)
   elseif kind == 'm' then
-    if money and money > 0 then call('HINCRBY', mine .. 'money:' .. key, 'h' .. gate[3], ARGV[6]) end
+    if money and money > 0 then call('HINCRBY', mine .. 'money:' .. key, 'h' .. gate[3], holding) end
     call('EXPIRE', mine .. 'money:' .. key, 3456000)
   elseif at and asks then
     arrive(base .. 'rate:' .. key, at, now)
     local left = math.max(0, math.floor((60000000 - (at - now)) * gate[4] / 60000000 + 0.000001))
-    if ARGV[8 + (g - 1) * 5 + 3] == '1' and (room[kind][1] < 0 or left < room[kind][2]) then
+    if ARGV[9 + (g - 1) * 5 + 3] == '1' and (room[kind][1] < 0 or left < room[kind][2]) then
       room[kind] = {gate[4], left, string.format('%.0f', at - now)}
     end
   end
 end
-call('HSET', holds, ARGV[4], cmsgpack.pack({ARGV[2], ARGV[6], taken, not asks}))
+call('HSET', holds, ARGV[4], cmsgpack.pack({ARGV[2], holding, taken, not asks}))
 call('EXPIRE', holds, 172800)
 local r, t = room.r, room.t
 return {1, shadowed, r[1], r[2], r[3], t[1], t[2], t[3]}

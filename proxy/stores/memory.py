@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+from msgspec import structs
+
 from accounts.principal import Limit
 from providers.wire import ApiError
 from proxy.call import FREE, Granted, Room
@@ -39,6 +41,8 @@ class MemoryLimits:
         if not gates:
             self._holds[hold.request_id] = hold, gates
             return FREE
+        if hold.most is not None:
+            hold = _beside_others(hold, gates)
         now = self._clock()
         shadowed: list[str] = []
         taken = gates
@@ -61,8 +65,9 @@ class MemoryLimits:
 
     def look(self, hold: Hold) -> list[tuple[Limit, ApiError | None]]:
         """What each limit would say to this hold now. Nothing is taken."""
-        now = self._clock()
-        return [(gate.limit, gate.refusal(hold, now)) for gate in self._gates_of(hold.limits)]
+        now, gates = self._clock(), self._gates_of(hold.limits)
+        hold = _beside_others(hold, gates)
+        return [(gate.limit, gate.refusal(hold, now)) for gate in gates]
 
     def settle(self, request_id: str, tokens: int | None, money: int | None) -> None:
         """As the port has it; `tokens` None = what was held, which here may be less than the hold says."""
@@ -237,7 +242,11 @@ class MoneyGate(Gate):
         limit = self.limit
         if self.spent.get(counter, 0) + self.held.get(counter, 0) + hold.money <= limit.amount:
             return None
-        return over_budget(limit)
+        return over_budget(limit, beside_others=hold.money == hold.most)
+
+    def is_free(self, hold: Hold) -> bool:
+        """No call under way holds any of this budget."""
+        return not self.held.get((self.budget, window_start(self.budget[1], self.budget[2], hold.at)))
 
     def take(self, hold: Hold) -> None:
         if hold.money:
@@ -252,6 +261,13 @@ class MoneyGate(Gate):
             self.held[counter] = left
         else:
             del self.held[counter]
+
+
+def _beside_others(hold: Hold, gates: Iterable[Gate]) -> Hold:
+    """With what it has to hold where it is not alone: see `Hold.most`."""
+    if hold.most is None or all(gate.is_free(hold) for gate in gates if isinstance(gate, MoneyGate) and gate.enforce):
+        return hold
+    return structs.replace(hold, money=hold.most)
 
 
 def _left(gates: Iterable[Gate], now: float, shadowed: tuple[str, ...] = ()) -> Granted:

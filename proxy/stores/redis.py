@@ -200,6 +200,7 @@ class RedisLimits:
                 hold.request_id,
                 hold.tokens,
                 money,
+                b"-" if hold.most is None else b"%d" % hold.most,
                 mode,
                 *plan.words,
             )
@@ -286,7 +287,7 @@ class RedisLimits:
 
     def _refusal(self, limit: Limit, wait: float) -> ApiError:
         if limit.metric == "money":
-            return over_budget(limit)
+            return over_budget(limit, beside_others=wait > 0)
         if limit.metric == "concurrency":
             return over_open(limit)
         problem = over_rate(limit, wait)

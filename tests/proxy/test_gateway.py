@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -448,6 +449,36 @@ async def test_a09_without_a_ceiling_one_request_exceeds_its_budget_and_no_secon
     assert seen == [200, 429, 429]
     assert house.settled().cost == 16 + 2 + 100_000
     assert len(house.sent) == 1
+
+
+async def test_a09_of_many_at_once_without_a_ceiling_one_alone_exceeds_the_budget(tmp_path):
+    """Each may come to 262 000 micro-dollars more than what one of them holds: those beside another hold that, too."""
+    answer = ANSWER | {"usage": USAGE | {"completion_tokens": 130_000, "total_tokens": 130_020}}
+    together = asyncio.Event()
+
+    async def slowly():
+        await together.wait()
+        return whole(answer)
+
+    limit = Limit("key:1", "money", 600_000, window="total")
+    house = House(tmp_path, lambda request: slowly(), limits=(limit,))
+    house.limits.track(house.limits.untracked([limit]))
+    calls = [asyncio.create_task(house.call()) for _ in range(40)]
+    while len(house.sent) + sum(call.done() for call in calls) < 40:
+        await asyncio.sleep(0)
+    together.set()
+    replies = await asyncio.gather(*calls)
+
+    assert Counter(reply.status for reply in replies) == {200: 3, 429: 37}
+    refused = next(reply for reply in replies if reply.status == 429)
+    assert (refused.headers["retry-after"], refused.headers["x-should-retry"]) == ("1", "true")
+    assert "Set max_tokens" in refused.error()["message"]
+    one = house.settled().cost
+    assert one is not None
+    assert house.limits.spent(limit, 0) == 3 * one <= limit.amount + one
+    with_ceiling = await house.call(CHAT | {"max_tokens": 10})
+    assert with_ceiling.status == 429
+    assert with_ceiling.headers["x-should-retry"] == "false", "what is left will not do for it, whoever else is under way"
 
 
 async def test_money_is_held_at_the_dearest_and_settled_at_the_truth(tmp_path):

@@ -39,9 +39,9 @@ ALL = (
 )
 
 
-def hold(name: str, *limits: Limit, tokens: int = 10, money: int | None = 0, at: float | None = None) -> Hold:
+def hold(name: str, *limits: Limit, tokens: int = 10, money: int | None = 0, most: int | None = None, at: float | None = None) -> Hold:
     scopes = tuple({limit.scope for limit in limits}) or ("key:1",)
-    return Hold(name, time.time() if at is None else at, scopes, tuple(limits), tokens, money)
+    return Hold(name, time.time() if at is None else at, scopes, tuple(limits), tokens, money, most)
 
 
 class Workers:
@@ -260,6 +260,37 @@ async def test_money_is_held_at_its_worst_and_settled_at_the_truth_once():
             two[0].settle("a", 0, 10)
         await quiet(two)
         assert await admitted(two[1], hold("b", BUDGET, money=91), hold("c", BUDGET, money=90)) == 1
+
+
+async def test_of_calls_without_a_ceiling_on_any_worker_one_alone_holds_less_than_it_may_come_to():
+    async with workers(2, *ALL) as all_of_them:
+        first, second = all_of_them[0], all_of_them[1]
+        await first.reserve(hold("a", *ALL, money=5, most=45))
+        await second.reserve(hold("b", *ALL, money=5, most=45))  # holds 45
+        with pytest.raises(OverBudget) as refused:
+            await first.reserve(hold("c", *ALL, money=5, most=51))
+        assert (refused.value.retry_after_seconds, refused.value.should_retry) == (1, True)
+        await second.reserve(hold("d", *ALL, money=50))  # with a ceiling: what it says
+        with pytest.raises(OverBudget) as refused:
+            await first.reserve(hold("e", *ALL, money=1))
+        assert (refused.value.retry_after_seconds, refused.value.should_retry) == (None, False)
+        first.settle("a", 1, 1)
+        second.settle("b", 1, 1)
+        second.settle("d", 1, 1)
+        await quiet(all_of_them)
+        await first.reserve(hold("f", *ALL, money=97, most=1000))  # alone again
+        first.settle("f", 1, None)
+        await quiet(all_of_them)
+        with pytest.raises(OverBudget):
+            await second.reserve(hold("g", *ALL, money=1))
+        assert first.open_holds() == second.open_holds() == 0
+
+
+async def test_under_a_shadow_budget_alone_nothing_more_is_held():
+    soft = Limit("key:1", "money", 100, window="total", enforce=False)
+    async with workers(1, soft) as [one]:
+        for name in "abcd":
+            assert not (await one.reserve(hold(name, soft, money=5, most=90))).shadowed
 
 
 async def test_the_same_request_asked_for_twice_holds_once():
