@@ -2,7 +2,8 @@
 
 A worker that dies is replaced, after a pause that grows while it keeps dying. SIGHUP replaces them all, one after the other: each
 new one is ready before an old one begins to drain, and the socket is open all the while, so nobody is refused. SIGTERM and SIGINT
-drain them all. Workers are new processes, not forks of this one: they run the code that is on the disk now.
+drain them all, and the socket ends when the last of them takes no more. Workers are new processes, not forks of this one: they run
+the code that is on the disk now.
 """
 
 from __future__ import annotations
@@ -207,6 +208,9 @@ class Supervisor:
         return taken
 
     def _end(self, status: int) -> int:
+        # The workers' own copies hold it open for as long as they take connections. With this one the kernel would go on queueing
+        # clients whom nobody takes, when they would be refused and go elsewhere.
+        self.listener.close()
         for worker in self._all():
             worker.tell(signal.SIGTERM)
         deadline = time.monotonic() + self.drain_seconds

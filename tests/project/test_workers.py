@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -236,6 +237,40 @@ def test_a_system_that_gives_no_process_ends_none_of_the_others(monkeypatch):
         for descriptor in (one._life, keeps_alive, *(worker.says_ready for worker in one._all())):
             os.close(descriptor)
         listener.close()
+
+
+# The end
+
+
+def test_a_drain_refuses_whoever_comes_too_late_at_once_and_lets_its_streams_run_to_their_end(tmp_path, own_redis, database, two):
+    """Else they would wait in the queue of a socket from which nobody takes them, and never try the next gateway."""
+    key = two.issue_key()
+    times = {"DRAIN_DELAY": "1", "DRAIN_SECONDS": "60"}
+    house = Sluice(tmp_path / "data", DATABASE_URL=database, REDIS_URL=own_redis.url, **times, **SECRETS)
+    house.workers = 2
+    house.start_again()
+    words = " ".join(str(number) for number in range(40))
+    body = {"model": "demo/echo-0.2", "messages": [{"role": "user", "content": words}], "stream": True}
+    try:
+        with httpx.stream(
+            "POST", f"{house.url}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {key}"}, timeout=30, verify=TRUST
+        ) as answer:
+            events = answer.iter_bytes()
+            next(events)
+            os.kill(house.pid, signal.SIGTERM)
+            eventually(lambda: httpx.get(f"{house.url}/readyz", verify=TRUST).json()["status"] == "draining", "it does not drain")
+            assert ask(house, key).status_code == 200
+            eventually(lambda: connects(house) == errno.ECONNREFUSED, "a connection that nobody takes is queued")
+            assert b"".join(events).endswith(b"data: [DONE]\n\n")
+        assert house.stop() == 0, house.log()
+    finally:
+        house.close()
+
+
+def connects(sluice: Sluice) -> int:
+    with socket.socket() as client:
+        client.settimeout(5)
+        return client.connect_ex(("127.0.0.1", sluice.port))
 
 
 # What they know of each other
