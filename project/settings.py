@@ -20,6 +20,7 @@ BASE_DIR = _env.REPOSITORY
 DEBUG = ENV.debug
 DATA_DIR = ENV.data_dir
 PUBLIC_URL = ENV.public_url
+TRUSTED_PROXIES = ENV.trusted_proxies
 
 if ENV.secret_key:
     SECRET_KEY = ENV.secret_key
@@ -136,7 +137,7 @@ DEFAULT_FROM_EMAIL = SERVER_EMAIL = ENV.mail_from or f"Sluice <sluice@{urlsplit(
 SESSION_COOKIE_HTTPONLY = True
 SESSION_COOKIE_SAMESITE = "Lax"
 SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = ENV.public_url.startswith("https:")
-SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https") if ENV.trusted_proxies else None
+SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https") if TRUSTED_PROXIES else None
 SECURE_REFERRER_POLICY = "same-origin"
 X_FRAME_OPTIONS = "DENY"
 DATA_UPLOAD_MAX_MEMORY_SIZE = 2_621_440

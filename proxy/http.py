@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from accounts import addresses
 from accounts.principal import Network
 from proxy.call import Headers, Scope
 
@@ -55,25 +55,11 @@ def can_be_a_key(text: str) -> bool:
 
 
 def client_address(scope: Scope, headers: dict[bytes, bytes], site: Site) -> str:
-    """The nearest address that is not a trusted proxy's. Without trusted proxies: the socket's."""
     client = scope.get("client")
     address = str(client[0]) if client else ""
     if not site.trusted_proxies:
         return address
-    hops = [hop.strip() for hop in headers.get(b"x-forwarded-for", b"").decode("latin-1").split(",") if hop.strip()]
-    while hops and _is_trusted(address, site):
-        address = hops.pop()
-    return address
-
-
-def _is_trusted(address: str, site: Site) -> bool:
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
-        ip = ip.ipv4_mapped
-    return any(ip.version == network.version and ip in network for network in site.trusted_proxies)
+    return addresses.client_address(address, headers.get(b"x-forwarded-for", b"").decode("latin-1"), site.trusted_proxies)
 
 
 FOR_ANYBODY: Headers = [(b"access-control-allow-origin", b"*"), (b"access-control-expose-headers", b"*")]

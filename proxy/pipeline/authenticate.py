@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from accounts.addresses import lies_in
 from accounts.principal import LONGEST_KEY, Principal, digest, is_plausible
 from proxy.call import Incoming
 from proxy.catalog import Catalog
@@ -41,7 +41,7 @@ def let_in(principal: Principal | None, address: str | None) -> Principal:
     Raises Unauthenticated, IpNotAuthorized."""
     if principal is None or (principal.expires_at is not None and principal.expires_at <= time.time()):
         raise Unauthenticated("Incorrect API key provided, or the key has been revoked or has expired.")
-    if principal.networks and address is not None and not _comes_from(address, principal):
+    if principal.networks and address is not None and not lies_in(address, principal.networks):
         raise IpNotAuthorized("Your IP address is not authorized to use this key.")
     return principal
 
@@ -74,13 +74,3 @@ def presented_key(headers: dict[bytes, bytes]) -> str:
     if not key:
         raise Unauthenticated("You didn't provide an API key. Send it in an Authorization header: 'Authorization: Bearer YOUR_KEY'.")
     return key
-
-
-def _comes_from(address: str, principal: Principal) -> bool:
-    try:
-        caller = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(caller, ipaddress.IPv6Address) and caller.ipv4_mapped:
-        caller = caller.ipv4_mapped
-    return any(caller.version == network.version and caller in network for network in principal.networks)
