@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from django.test import Client
 
 from accounts.models import ApiKey, AuditEntry, Membership, Organization, Role, User
 from accounts.principal import is_plausible
+from project.env import REPOSITORY
 from providers.models import Credential, KeyringCanary, Price
 from proxy import snapshot
 
@@ -85,8 +88,18 @@ def test_the_second_run_changes_nothing_and_shows_no_secret(db: None):
     assert not KEY.search(second)
     assert PASSWORD.findall(first)[0] not in second
     assert not PASSWORD.search(second)
-    for hint in (".venv/bin/python manage.py issue_key --email admin@example.com", "bootstrap --reset-password", "/accounts/login/"):
+    for hint in ("python manage.py issue_key --email admin@example.com", "bootstrap --reset-password", "/accounts/login/"):
         assert hint in second
+
+
+@pytest.mark.parametrize(("prefix", "python"), [(REPOSITORY / ".venv", ".venv/bin/python"), (Path("/opt/venv"), "python")])
+def test_what_it_says_can_be_run_as_it_stands(db: None, monkeypatch: pytest.MonkeyPatch, prefix: Path, python: str):
+    """In the container there is no `.venv`."""
+    monkeypatch.setattr(sys, "prefix", str(prefix))
+    bootstrap()
+
+    commands = re.findall(r"(\S*python) manage\.py (\w+)", bootstrap())
+    assert commands == [(python, "bootstrap"), (python, "issue_key")]
 
 
 def test_what_it_shows_is_nowhere_in_the_database(db: None):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
+from pathlib import Path
 from typing import Any
 
 from django.conf import settings
@@ -72,7 +74,7 @@ class Command(BaseCommand):
         if password:
             lines += [f"  password  {password}", "            (shown only now)"]
         else:
-            lines += ["  password  as you know it; a new one: .venv/bin/python manage.py bootstrap --reset-password"]
+            lines += [f"  password  as you know it; a new one: {how_to_run()} bootstrap --reset-password"]
         if key:
             lines += [
                 "",
@@ -85,8 +87,14 @@ class Command(BaseCommand):
                 f"  {curl_line(key)}",
             ]
         else:
-            lines += ["", f"Another key: .venv/bin/python manage.py issue_key --email {operator.email} --name 'my laptop'"]
+            lines += ["", f"Another key: {how_to_run()} issue_key --email {operator.email} --name 'my laptop'"]
         self.stdout.write("\n".join([*lines, ""]))
+
+
+def how_to_run() -> str:
+    """A command, as this one was started: a checkout has a `.venv`, a container does not."""
+    here = Path(sys.prefix).resolve() == (settings.BASE_DIR / ".venv").resolve()
+    return f"{'.venv/bin/' if here else ''}python manage.py"
 
 
 def curl_line(key: str) -> str:
