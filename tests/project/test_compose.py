@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import re
 import shutil
+import socket
 import stat
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +22,7 @@ import httpx
 import pytest
 
 from project import env
+from proxy.errors import Unavailable
 from tests import compose
 from tests.compose import Deployment
 from tests.conftest import postgres_database
@@ -125,14 +130,20 @@ def test_the_reader_refuses_what_it_does_not_know(tmp_path: Path):
 # What is done
 
 
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
+@contextlib.contextmanager
+def open_folder() -> Iterator[Path]:
     """nginx's workers are another user, who must get in."""
     made = Path(tempfile.mkdtemp(prefix="sluice-compose-"))
     made.chmod(0o755)
     (made / "tmp").mkdir()
     yield made
     shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with open_folder() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +278,51 @@ def test_the_front_shows_no_metrics_and_lets_nobody_say_where_they_are(deploymen
     far = deployment.run("gateway", "python", "manage.py", "shell", "--no-imports", "-c", code).stdout.strip()
     said = httpx.get(f"{deployment.url}/v1/models", headers={"authorization": f"Bearer {far}", "x-forwarded-for": "203.0.113.9"})
     assert said.json()["error"]["code"] == "ip_not_authorized"
+
+
+class Ailing(http.server.BaseHTTPRequestHandler):
+    """A gateway that answers, if only that it cannot."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(503)
+        self.send_header("retry-after", "7")
+        self.end_headers()
+        self.wfile.write(b"my own word")
+
+    def log_message(self, *said: object) -> None:
+        pass
+
+
+@pytest.mark.nginx
+def test_a_program_is_told_in_its_own_language_that_no_gateway_answers():
+    if NGINX is None:
+        pytest.skip("there is no nginx")
+    with open_folder() as alone:
+        one = Deployment(alone, "", "")
+        gateway = http.server.ThreadingHTTPServer(("127.0.0.1", one.ports["gateway"]), Ailing)
+        threading.Thread(target=gateway.serve_forever, daemon=True).start()
+        try:
+            one.start_front(NGINX)
+            eventually(lambda: is_heard(one.ports["front"]), "the front does not listen")
+            answers = httpx.post(f"{one.url}/v1/chat/completions", json={"model": "x" * 100_000})
+            assert (answers.status_code, answers.headers["retry-after"], answers.text) == (503, "7", "my own word")
+            gateway.shutdown()
+            gateway.server_close()
+            for path in ("/v1/chat/completions", "/v1/models", "/compat/v1/models"):
+                away = httpx.post(f"{one.url}{path}", json={"model": "x" * 100_000})
+                assert (away.status_code, away.headers["content-type"], away.headers["retry-after"]) == (502, "application/json", "1")
+                ours = Unavailable("No gateway answers. Try again in a moment.").body()
+                assert away.json() == ours
+            assert "html" in httpx.get(f"{one.url}/keys/").headers["content-type"]
+        finally:
+            gateway.server_close()
+            one.close()
+
+
+def is_heard(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.postgres
