@@ -120,6 +120,14 @@ def test_the_image_runs_as_nobody_and_has_what_its_commands_name():
     assert all((REPOSITORY / script).is_file() for script in scripts)
 
 
+def test_no_container_of_ours_makes_a_volume_without_a_name():
+    """As Docker does for a volume of the image where nothing is mounted."""
+    [volume] = re.findall(r"^VOLUME (\S+)$", (REPOSITORY / "Dockerfile").read_text(), re.MULTILINE)
+    for name in OURS:
+        mounted = [one["target"] if isinstance(one, dict) else one.split(":")[1] for one in SERVICES[name]["volumes"]]
+        assert volume in mounted, name
+
+
 def test_the_reader_refuses_what_it_does_not_know(tmp_path: Path):
     for text in ("a: |\n  b\n", "a: 'b'\n", "a\n", "a:\n  b: 1\n   c: 2\n"):
         (tmp_path / "x.yml").write_text(text)
