@@ -239,6 +239,19 @@ def test_the_doctor_finds_no_problem_and_streams_come_through_the_front_word_by_
 @pytest.mark.postgres
 @pytest.mark.nginx
 @pytest.mark.redis
+def test_from_inside_calls_reach_the_front_by_its_name_and_pages_do_not(deployment: Deployment, key: str):
+    """The doctor looks from inside, where the front is `front`; a page would put that name into the links of its mails."""
+    inside = {"host": "front:8080"}
+    models = httpx.get(f"{deployment.url}/v1/models", headers=inside | {"authorization": f"Bearer {key}"})
+    assert models.status_code == 200
+    assert httpx.get(f"{deployment.url}/accounts/password/reset/", headers=inside).status_code == 400
+    given = compose.expanded(SERVICES["gateway"]["environment"]["ALLOWED_HOSTS"], {"ALLOWED_HOSTS": "sluice.example.org,127.0.0.1"})
+    assert given == "sluice.example.org,127.0.0.1,front"
+
+
+@pytest.mark.postgres
+@pytest.mark.nginx
+@pytest.mark.redis
 def test_pages_come_from_the_web_process_and_calls_go_to_the_gateway(deployment: Deployment, key: str):
     page = httpx.get(deployment.url, headers={"accept": "text/html"})
     assert page.status_code == 200
