@@ -92,12 +92,17 @@ class FrozenModel(models.Model):
 
 
 class Rest(models.Model):
-    """How long an upstream told us to leave a model of a credential alone ("" = all of them). Kept, so that a restart knows."""
+    """How long a model of a credential ("" = all of them) is left alone: `named` where its upstream said so, else we chose it.
+
+    Kept, so that a restart knows. `times` is how many ejections in a row it is, and 0 where it is none."""
 
     credential = models.ForeignKey(Credential, on_delete=models.CASCADE, related_name="rests")
     model = models.CharField(max_length=240, blank=True)
     until = models.DateTimeField(db_index=True)
     reason = models.CharField(max_length=100, blank=True)
+    # Workers of the version before write rows without these two.
+    named = models.BooleanField(default=True, db_default=True)
+    times = models.PositiveIntegerField(default=0, db_default=0)
 
     class Meta:
         constraints = [models.UniqueConstraint(fields=["credential", "model"], name="one_rest_per_credential_and_model")]

@@ -3,6 +3,9 @@
 403, 404 and 429 rest one model of a credential; a refused credential or an ejection rests all of it. A rest that the
 upstream itself named is kept to; one that we chose is only a preference. After an ejection one call is let
 through first, and the others follow when it has gone well.
+
+Each process finds out for itself, and is told what others found out. It ejects never more than half of a pool, counting those that it
+heard of; what two find out at the same moment may be more. Nobody is lost by that: who rests is still tried last.
 """
 
 from __future__ import annotations
@@ -75,11 +78,14 @@ class Attempts:
         return self.extra < max(EXTRA_AT_LEAST, int(EXTRA_SHARE * max(self.first, self.before)))
 
 
-Told = Callable[[int, str, float, bool, str], None]  # credential, model, seconds, named by the upstream, why
+# Credential, model, seconds, named by the upstream, why, and how many ejections in a row it is (0: none).
+Told = Callable[[int, str, float, bool, str, int], None]
+Ended = Callable[[int, str, float], None]  # credential, model, and for how many seconds it would still have rested
 
 
 class Health:
-    """`told` is called with each rest that this process finds out: others want to know."""
+    """`told` is called with each rest that this process finds out, and `ended` with each that a call which went well has ended:
+    others want to know."""
 
     def __init__(
         self, clock: Callable[[], float] = time.monotonic, told: Told | None = None, *, ejection_seconds: float = EJECTION_SECONDS
@@ -87,6 +93,7 @@ class Health:
         self._clock = clock
         self._ejection_seconds = ejection_seconds
         self.told = told
+        self.ended: Ended | None = None
         self._attempts: dict[int, Attempts] = {}
         self._rests: dict[tuple[int, str], Rest] = {}
         self._errors: dict[int, int] = {}
@@ -150,15 +157,22 @@ class Health:
             attempts = self._attempts[target.credential_id] = Attempts()
         return attempts.at(int(self._clock()))
 
-    def rest(self, credential_id: int, model: str, seconds: float, *, named: bool, reason: str) -> None:
-        """Somebody else found out that it rests."""
-        if len(self._rests) >= MOST_RESTS and (credential_id, model) not in self._rests:
+    def rest(self, credential_id: int, model: str, seconds: float, *, named: bool, reason: str, times: int = 0) -> None:
+        """Somebody else found out that it rests, or this account was ejected before a restart: then one call more that fails ejects it
+        again, for longer. Without seconds left a trial is due."""
+        if len(self._rests) >= MOST_RESTS and model != ALL_MODELS and (credential_id, model) not in self._rests:
             return
         self._rests[(credential_id, model)] = Rest(self._clock() + seconds, named, reason)
+        if times:
+            self._ejections[credential_id] = times
+            self._errors[credential_id] = max(self._errors.get(credential_id, 0), EJECT_AFTER - 1)
 
     def wake(self, credential_id: int, model: str) -> None:
-        """This rest is over."""
+        """This rest is over. With one of the whole account goes what was counted against it: it begins anew."""
         self._rests.pop((credential_id, model), None)
+        if model == ALL_MODELS:
+            self._errors.pop(credential_id, None)
+            self._ejections.pop(credential_id, None)
 
     def succeeded(self, target: Target) -> None:
         self._errors.pop(target.credential_id, None)
@@ -166,8 +180,8 @@ class Health:
             if target.callers_key and not self._is_out(target.credential_id):
                 return  # the caller's own account says nothing about ours; but the upstream is well again
             self._ejections.pop(target.credential_id, None)
-            self._rests.pop((target.credential_id, ALL_MODELS), None)
-            self._rests.pop((target.credential_id, target.model), None)
+            self._end(target.credential_id, ALL_MODELS)
+            self._end(target.credential_id, target.model)
 
     def failed(self, target: Target, problem: UpstreamFailure, pool: Sequence[int]) -> None:
         """Take note of a failure. `pool`: the ids of all credentials that could have served this call."""
@@ -181,16 +195,14 @@ class Health:
         if seconds is not None:
             named = problem.retry_after_seconds is not None
             wait = problem.retry_after_seconds if problem.retry_after_seconds is not None else seconds
-            self._rests[(account, model)] = Rest(now + wait, named, problem.code or "")
-            if self.told is not None:
-                self.told(account, model, wait, named, problem.code or "")
+            self._set(account, model, wait, named, problem.code or "")
         elif gateway_error(problem):
             if problem.retry_after_seconds:
-                self._rests[(account, target.model)] = Rest(now + problem.retry_after_seconds, False, problem.code or "")
+                self._set(account, target.model, problem.retry_after_seconds, False, problem.code or "")
             self._errors[account] = self._errors.get(account, 0) + 1
             if self._errors[account] >= EJECT_AFTER and self._may_eject(account, pool, now):
                 times = self._ejections[account] = self._ejections.get(account, 0) + 1
-                self._rests[(account, ALL_MODELS)] = Rest(now + self._ejection_seconds * min(times, MOST_EJECTIONS), False, EJECTED)
+                self._set(account, ALL_MODELS, self._ejection_seconds * min(times, MOST_EJECTIONS), False, EJECTED, times)
 
     def take_turns(self, weights: Sequence[tuple[Hashable, int]]) -> list[int]:
         """These, each named by something that stays the same, by weight in turns: their places in the order for this call."""
@@ -226,6 +238,16 @@ class Health:
         if len(self._no_usage_option) >= MOST_RESTS:
             self._no_usage_option.clear()
         self._no_usage_option.add((target.credential_id, target.model))
+
+    def _set(self, account: int, model: str, seconds: float, named: bool, reason: str, times: int = 0) -> None:
+        self._rests[(account, model)] = Rest(self._clock() + seconds, named, reason)
+        if self.told is not None:
+            self.told(account, model, seconds, named, reason, times)
+
+    def _end(self, account: int, model: str) -> None:
+        rest = self._rests.pop((account, model), None)
+        if rest is not None and self.ended is not None:
+            self.ended(account, model, rest.until - self._clock())
 
     def _rest_of(self, credential_id: int, model: str, now: float) -> Rest | None:
         found: Rest | None = None

@@ -193,7 +193,7 @@ def test_a_rest_that_this_process_finds_out_is_told_and_one_that_was_heard_of_is
     told = []
     health = Health(told=lambda *news: told.append(news))
     health.failed(target(1), RateLimited("no", retry_after_seconds=40), [1])
-    assert told == [(1, "m", 40, True, RateLimited.code)]
+    assert told == [(1, "m", 40, True, RateLimited.code, 0)]
     other = Health()
     other.rest(1, "m", 40, named=True, reason=RateLimited.code)
     with pytest.raises(OverLimit):
