@@ -200,7 +200,7 @@ class Health:
             if problem.retry_after_seconds:
                 self._set(account, target.model, problem.retry_after_seconds, False, problem.code or "")
             self._errors[account] = self._errors.get(account, 0) + 1
-            if self._errors[account] >= EJECT_AFTER and self._may_eject(account, pool, now):
+            if self._errors[account] >= EJECT_AFTER and not self._waits(account, now) and self._may_eject(account, pool, now):
                 times = self._ejections[account] = self._ejections.get(account, 0) + 1
                 self._set(account, ALL_MODELS, self._ejection_seconds * min(times, MOST_EJECTIONS), False, EJECTED, times)
 
@@ -284,6 +284,11 @@ class Health:
 
     def _ejected(self, account: int, now: float) -> bool:
         return self._is_out(account) and self._rests[(account, ALL_MODELS)].until > now
+
+    def _waits(self, account: int, now: float) -> bool:
+        """For its trial: a call that fails meanwhile was under way before, or had nobody else, and says nothing new."""
+        rest = self._rests.get((account, ALL_MODELS))
+        return rest is not None and rest.reason == EJECTED and rest.until > now
 
     def _by_turns(self, candidates: Sequence[Candidate], bound: Bound | None) -> list[Candidate]:
         if len(candidates) < 2:

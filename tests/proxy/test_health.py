@@ -200,3 +200,77 @@ def test_a_rest_that_this_process_finds_out_is_told_and_one_that_was_heard_of_is
         other.order([[(upstream(1), "m")]])
     other.wake(1, "m")
     assert ids(other.order([[(upstream(1), "m")]])) == [1]
+
+
+def ejected(health: Health, number: int = 1) -> None:
+    for _ in range(5):
+        health.failed(target(number), UpstreamServer("500"), [1, 2])
+
+
+def test_an_ejection_is_told_with_how_many_it_is_and_so_is_a_delay_that_a_gateway_error_named():
+    clock, told = Clock(), []
+    health = Health(clock, told=lambda *news: told.append(news))
+    ejected(health)
+    clock.now += 31
+    health.order([[(upstream(1), "m"), (upstream(2), "m")]])
+    health.failed(target(1), UpstreamServer("500"), [1, 2])
+    health.failed(target(2), UpstreamServer("503", retry_after_seconds=40), [1, 2])
+    assert told == [(1, "", 30, False, "ejected", 1), (1, "", 60, False, "ejected", 2), (2, "m", 40, False, UpstreamServer.code, 0)]
+
+
+def test_an_ejection_that_was_heard_of_ends_with_a_trial_and_the_next_one_is_longer():
+    clock = Clock()
+    health = Health(clock)
+    pool = [[(upstream(1), "m"), (upstream(2), "m")]]
+    health.rest(1, "", 30, named=False, reason="ejected", times=3)
+    assert {ids(health.order(pool))[0] for _ in range(4)} == {2}
+    clock.now += 31
+    assert [ids(health.order(pool))[0] for _ in range(3)] == [1, 2, 2]
+    health.failed(target(1), UpstreamServer("500"), [1, 2])
+    clock.now += 4 * 30 - 1
+    assert ids(health.order(pool))[0] == 2
+    clock.now += 2
+    assert ids(health.order(pool))[0] == 1
+
+
+def test_one_that_was_heard_of_counts_to_the_half_that_may_be_out():
+    health = Health()
+    health.rest(2, "", 30, named=False, reason="ejected", times=1)
+    ejected(health)
+    assert health.resting().keys() == {(2, "")}
+
+
+def test_with_a_rest_that_is_cleared_goes_what_was_counted():
+    clock, told = Clock(), []
+    health = Health(clock, told=lambda *news: told.append(news))
+    health.rest(1, "", 30, named=False, reason="ejected", times=7)
+    health.wake(1, "")
+    for _ in range(4):
+        health.failed(target(1), UpstreamServer("500"), [1, 2])
+    assert (health.resting(), told) == ({}, [])
+    health.failed(target(1), UpstreamServer("500"), [1, 2])
+    assert told == [(1, "", 30, False, "ejected", 1)]
+
+
+def test_a_call_that_goes_well_tells_which_rests_it_ended():
+    clock, ended = Clock(), []
+    health = Health(clock)
+    health.ended = lambda *news: ended.append(news)
+    health.succeeded(target(1))
+    health.failed(target(1), RateLimited("no", retry_after_seconds=40), [1, 2])
+    health.failed(target(1, "other"), RateLimited("no", retry_after_seconds=40), [1, 2])
+    ejected(health)
+    clock.now += 10
+    health.succeeded(target(1))
+    assert ended == [(1, "", 20), (1, "m", 30)]
+
+
+def test_calls_that_fail_while_an_account_is_out_do_not_keep_it_out_for_longer():
+    clock, told = Clock(), []
+    health = Health(clock, told=lambda *news: told.append(news))
+    ejected(health)
+    for _ in range(20):  # they were under way
+        health.failed(target(1), UpstreamServer("500"), [1, 2])
+    assert len(told) == 1
+    clock.now += 31
+    assert ids(health.order([[(upstream(1), "m"), (upstream(2), "m")]]))[0] == 1
