@@ -39,6 +39,7 @@ from providers.models import Credential, State
 from providers.queries import standing_of
 from providers.secrets import SealBroken
 from proxy import journal
+from proxy.queries import resting, why_it_rests
 
 OK, NOTE, WARNING, PROBLEM = "ok", "note", "warning", "problem"
 
@@ -51,6 +52,7 @@ REACH_SECONDS = 10.0
 # The stream: so many words, so far apart. Through a proxy that collects them they come at once, at the end.
 WORDS, PAUSE_SECONDS = 6, 0.25
 PROBE_MINUTES = 5
+MOST_RESTS = 20  # are named one by one
 KNOWN_SECONDS = 5.0  # until then every worker knows a new key
 
 
@@ -176,6 +178,13 @@ def accounts(asked: Asked) -> Findings:
     for credential in Credential.objects.filter(state=State.ACTIVE).select_related("token").order_by("pk"):
         if problem := standing_of(credential).problem:
             yield Finding(WARNING, f"credential {credential.pk} ({credential.label}), when it was last asked: {problem}")
+    rests = list(resting())
+    for rest in rests[:MOST_RESTS]:
+        who = f"credential {rest.credential_id} ({rest.credential.label})"
+        says = f"{who} rests, {rest.model or 'all models'}, until {rest.until:%Y-%m-%d %H:%M:%S} UTC: {why_it_rests(rest)}"
+        yield Finding(NOTE, says, "Delete its row in the admin, under Rests, and it is tried again within seconds.")
+    if len(rests) > MOST_RESTS:
+        yield Finding(NOTE, f"{len(rests) - MOST_RESTS} more models of accounts rest", "The admin has all of them, under Rests.")
     serving = Credential.objects.filter(state=State.ACTIVE).count()
     if not serving:
         yield Finding(WARNING, "no upstream account is in service", "Add one: `manage.py add_credential KIND --label … --secret-stdin`.")

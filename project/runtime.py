@@ -206,6 +206,7 @@ class Runtime:
             await sync_to_async(self._rounds.stop, thread_sensitive=False)()
         try:
             await sync_to_async(self._ledger.stop, thread_sensitive=False)()
+            await sync_to_async(self._keep_rests, thread_sensitive=False)()
         except (DatabaseError, InterfaceError):
             log.warning("The database is away: the usage of this process stays in its journal, for the next start to store")
         await self.transport.aclose()
@@ -231,6 +232,14 @@ class Runtime:
     def _look(self) -> None:
         """In a thread of its own."""
         alarms.look(self._on_loop(lambda: alarms.exhausted(self.current.catalog, self.gateway.health.resting())))
+
+    def _keep_rests(self) -> None:
+        """Those of the last two seconds. Raises DatabaseError."""
+        assert self._rests is not None
+        try:
+            self._rests.turn(self._on_loop)
+        finally:
+            close_old_connections()
 
     def _cut(self, under_way: set[Leaving]) -> None:
         """In a thread of its own."""

@@ -127,6 +127,7 @@ class CredentialAdmin(ModelAdmin):
         "owner",
         "state_label",
         "problem",
+        "resting",
         "renewed_next",
         "listed",
         "policy_label",
@@ -152,7 +153,7 @@ class CredentialAdmin(ModelAdmin):
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Credential]:
         # The sealed secret is of no use to any page here.
-        return super().get_queryset(request).select_related("token").annotate(models_listed=Count("models"))
+        return super().get_queryset(request).select_related("token").prefetch_related("rests").annotate(models_listed=Count("models"))
 
     def get_fieldsets(self, request: HttpRequest, obj: Credential | None = None) -> Any:
         account: tuple[str, ...] = ("label", "base_url", "new_secret", "accept_policy")
@@ -243,6 +244,15 @@ class CredentialAdmin(ModelAdmin):
     @display(description="last problem")
     def problem(self, credential: Credential) -> str:
         return queries.standing_of(credential).problem[:80]
+
+    @display(description="rests")
+    def resting(self, credential: Credential) -> str:
+        """The account, or so many of its models. Why, and how to end it, is on the page of rests."""
+        rests = [rest for rest in credential.rests.all() if rest.until > timezone.now()]
+        whole = next((rest for rest in rests if not rest.model), None)
+        if whole is not None:
+            return f"until {_moment(whole.until.isoformat())}"
+        return f"{len(rests)} model{'' if len(rests) == 1 else 's'}" if rests else ""
 
     @display(description="secret")
     def has_secret(self, credential: Credential) -> str:

@@ -33,7 +33,7 @@ from providers.models import Credential
 from proxy import routes, totals
 from proxy.models import FrozenModel, OnAbort, RefusedCalls, Rest, Route, RouteTarget, UsageEvent, UsageTotal, moment_of
 from proxy.outcomes import came_to
-from proxy.queries import SHADOW
+from proxy.queries import SHADOW, why_it_rests
 from proxy.routes import Leads
 from proxy.templatetags.show import exact_usd, milliseconds, usd
 
@@ -173,16 +173,20 @@ class FrozenModelAdmin(Audited):
 
 @admin.register(Rest)
 class RestAdmin(ModelAdmin):
-    """What upstreams asked for. Taking one away lets the account be tried again within seconds."""
+    """What upstreams asked for, what we chose, and who was ejected. Taking one away lets the account be tried again within seconds."""
 
-    list_display = ("credential", "shown_model", "reason", "until")
+    list_display = ("credential", "shown_model", "why", "until")
     list_select_related = ("credential",)
     ordering = ("-until",)
-    fields = readonly_fields = ("credential", "shown_model", "reason", "until")
+    fields = readonly_fields = ("credential", "shown_model", "why", "until")
 
     @display(description="model")
     def shown_model(self, rest: Rest) -> str:
         return rest.model or "all of them"
+
+    @display(description="why")
+    def why(self, rest: Rest) -> str:
+        return why_it_rests(rest)
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False

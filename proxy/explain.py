@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from django.utils import timezone
+
 from accounts.models import ApiKey
 from accounts.principal import Limit, Principal
 from providers import wire
 from providers.adapter import Target
 from providers.wire import ApiError
-from proxy import ledger, snapshot
+from proxy import ledger, queries, snapshot
 from proxy.call import Asked, new_request_id
 from proxy.catalog import Catalog
 from proxy.dash.state import roles_in, state_of
@@ -119,7 +121,7 @@ def explain_key(key: ApiKey, question: Question, name: Namer | None = None) -> E
     words = f"{state.reason} {state.at:%Y-%m-%d %H:%M} UTC" if state.at is not None else state.reason
     principal = snapshot.load_principal(key.pk)
     stored = _stored(principal)
-    ask = serving.ask or (lambda asking: asking(Here(snapshot.load(), counted=False)))
+    ask = serving.ask or (lambda asking: asking(Here(snapshot.load(), health=_stored_rests(), counted=False)))
 
     def asking(here: Here) -> Explanation:
         return explain(
@@ -136,6 +138,15 @@ def _stored(principal: Principal | None) -> MemoryLimits:
     limits.track(budgets)
     limits.add_spent(ledger.spent_in(budgets, time.time()))
     return limits
+
+
+def _stored_rests() -> Health:
+    """What the database alone knows of accounts that rest: the short ones are missing."""
+    health = Health()
+    for rest in queries.resting():
+        seconds = (rest.until - timezone.now()).total_seconds()
+        health.rest(rest.credential_id, rest.model, seconds, named=rest.named, reason=rest.reason, times=rest.times)
+    return health
 
 
 class _Blocked(Exception):
@@ -226,9 +237,10 @@ def _health_in_words(groups: Mapping[int, Sequence[Any]], targets: Sequence[Targ
     everybody = {(upstream.id, name) for group in groups.values() for upstream, name in group}
     left_out = len(everybody) - len({(target.credential_id, target.model) for target in targets})
     order = ", ".join(here.name(target.credential_id, target.label, target.kind) for target in targets)
+    said = f"in order: {order}" + (f"; {left_out} rest for as long as their upstream asked" if left_out else "")
     if not here.live:
-        return Rule("health", None, f"not looked at: only the running server knows who rests. In order: {order}")
-    return Rule("health", True, f"in order: {order}" + (f"; {left_out} rest for as long as their upstream asked" if left_out else ""))
+        return Rule("health", None, f"{said}. Of rests shorter than 20 s only the running server knows")
+    return Rule("health", True, said)
 
 
 def _price(targets: Sequence[Target], catalog: Catalog, at: float) -> Rule:

@@ -17,11 +17,13 @@ from zoneinfo import ZoneInfo
 
 from django.db.models import Exists, Max, Model, Q, QuerySet, Sum, Value
 from django.db.models.functions import TruncDay
+from django.utils import timezone
 
 from accounts.models import ApiKey, Limit, Membership, Metric, Organization, User
 from accounts.principal import ID_LENGTH
 from providers.models import Credential
-from proxy.models import KeyDay, KeyTotal, ModelTotal, RefusedCalls, UsageEvent, UsageTotal
+from proxy.models import KeyDay, KeyTotal, ModelTotal, RefusedCalls, Rest, UsageEvent, UsageTotal
+from proxy.stores.health import EJECT_AFTER
 from proxy.stores.limits import window_start
 from proxy.totals import any_of, first_whole_day, midnight_of
 
@@ -616,6 +618,22 @@ def _end_of_window(window: str, start: datetime, zone: ZoneInfo) -> datetime | N
 
 def _sums(row: Mapping[str, Any], prefix: str) -> Sums:
     return Sums(*(row[prefix + name] or 0 for name in SUMS))
+
+
+# For operators: which accounts rest
+
+
+def resting() -> QuerySet[Rest]:
+    """Those of whole accounts come first. Without those that are over, and wait for a trial."""
+    return Rest.objects.filter(until__gt=timezone.now()).select_related("credential").order_by("model", "credential_id")
+
+
+def why_it_rests(rest: Rest) -> str:
+    """Who chose it, and for what, in words."""
+    if not rest.times:
+        return f"{'as the upstream asked' if rest.named else 'our choice'}{f': {rest.reason}' if rest.reason else ''}"
+    failed = f", and {rest.times - 1} trial{'s' if rest.times > 2 else ''} failed" if rest.times > 1 else ""
+    return f"{EJECT_AFTER} errors in a row{failed}{'' if rest.until > timezone.now() else '; the next call finds out'}"
 
 
 def quarter(moment: datetime) -> datetime:
