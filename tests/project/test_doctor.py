@@ -23,12 +23,13 @@ from django.utils import timezone
 
 from accounts.models import ApiKey, User
 from project import checks, doctor
-from project.doctor import OK, PROBLEM, WARNING, Asked, Finding
+from project.doctor import NOTE, OK, PROBLEM, WARNING, Asked, Finding
 from project.keyring import Keyring
 from project.models import Heartbeat, beat
 from providers.actions import add_credential
 from providers.models import Credential, State
 from proxy.journal import Journal
+from proxy.models import Rest
 from tests.serving import REPOSITORY, Sluice, free_port
 
 NOWHERE = "http://127.0.0.1:9"
@@ -143,6 +144,30 @@ def test_accounts_that_cannot_serve_are_named():
     assert levels(doctor.accounts(asked())) == [OK]
     Credential.objects.filter(pk=credential.pk).update(state=State.NEEDS_REAUTH)
     assert levels(doctor.accounts(asked())) == [WARNING, WARNING]
+
+
+@pytest.mark.django_db
+def test_accounts_that_rest_are_named_with_the_reason_and_the_end():
+    credential = add_credential("demo", "mine", "")
+    now = timezone.now()
+    for model, seconds, more in [
+        ("", 300, {"reason": "ejected", "named": False, "times": 3}),
+        ("gpt", 3600, {"reason": "insufficient_quota"}),
+        ("llama", 60, {"reason": "model_not_found", "named": False}),
+        ("past", -1, {}),
+    ]:
+        Rest.objects.create(credential=credential, model=model, until=now + timedelta(seconds=seconds), **more)
+    *rests, last = doctor.accounts(asked())
+    assert last.level == OK
+    until = [f"{now + timedelta(seconds=seconds):%Y-%m-%d %H:%M:%S} UTC" for seconds in (300, 3600, 60)]
+    who = f"credential {credential.pk} (mine) rests"
+    assert [(one.level, one.says) for one in rests] == [
+        (NOTE, f"{who}, all models, until {until[0]}: 5 errors in a row, and 2 trials failed"),
+        (NOTE, f"{who}, gpt, until {until[1]}: as the upstream asked: insufficient_quota"),
+        (NOTE, f"{who}, llama, until {until[2]}: our choice: model_not_found"),
+    ]
+    Rest.objects.bulk_create(Rest(credential=credential, model=f"made-up-{n}", until=now + timedelta(hours=1)) for n in range(30))
+    assert [one.says for one in doctor.accounts(asked())][20:] == ["13 more models of accounts rest", "1 in service"]
 
 
 @pytest.mark.django_db

@@ -13,8 +13,10 @@ import httpx
 import pytest
 from django.contrib import admin
 from django.contrib.auth.models import Permission
+from django.db import connection
 from django.http import HttpResponse
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from accounts.models import AuditEntry, Organization, User
@@ -83,6 +85,26 @@ def test_an_account_is_added_with_its_secret_sealed(olga: Operator):
     assert secret_of(credential).reveal() == SECRET
     assert (credential.prefix, credential.organization, credential.settings) == ("openai", acme, {"pass_through": True})
     assert AuditEntry.objects.filter(action="credential.added", actor=olga.user).count() == 1
+
+
+def test_the_list_says_which_accounts_rest_and_asks_once_for_all(olga: Operator, mine: Credential):
+    def queries() -> int:
+        with CaptureQueriesContext(connection) as seen:
+            olga.get("credential/")
+        return len(seen)
+
+    before = queries()
+    until = timezone.now() + timedelta(hours=1)
+    for number in range(5):
+        one = add_credential("openai", f"No {number}", SECRET, base_url="https://llm.example.org/v1")
+        one.rests.create(model="" if number else "gpt", until=until)
+    past = timezone.now() - timedelta(minutes=1)
+    mine.rests.create(model="", until=past)
+    page = olga.get("credential/")
+    assert page.count(f"until {until:%Y-%m-%d %H:%M} UTC") == 4
+    assert len(re.findall(r">\s*1 model\s*<", page)) == 1
+    assert f"{past:%Y-%m-%d %H:%M} UTC" not in page
+    assert queries() == before
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from accounts.models import ApiKey, AuditEntry
+from providers.actions import add_credential
 from proxy.admin import ReadOnly
-from proxy.models import RefusedCalls, Route, RouteTarget, SnapshotVersion, UsageEvent, UsageTotal
+from proxy.models import RefusedCalls, Rest, Route, RouteTarget, SnapshotVersion, UsageEvent, UsageTotal
 from tests.accounts.conftest import People
 from tests.proxy.used import used
 
@@ -343,3 +344,25 @@ def test_a_time_that_is_typed_is_said_to_be_in_utc(operator: Client, path: str):
 def test_a_time_that_is_shown_has_its_zone_and_is_in_one_line(operator: Client, key: ApiKey):
     made = f"{key.created_at:%Y-%m-%d %H:%M} UTC".replace(" ", "\N{NO-BREAK SPACE}").replace("-", "\N{NON-BREAKING HYPHEN}")
     assert made in operator.get(f"/admin/accounts/apikey/{key.pk}/change/").content.decode()
+
+
+# Rests
+
+
+def test_rests_are_shown_in_words_and_cleared_by_hand(operator: Client, people: People):
+    credential = add_credential("demo", "mine", "")
+    later, before = timezone.now() + timedelta(hours=1), timezone.now() - timedelta(minutes=1)
+    Rest.objects.create(credential=credential, model="quota", until=later, reason="insufficient_quota")
+    Rest.objects.create(credential=credential, model="gone", until=later, reason="model_not_found", named=False)
+    rest = Rest.objects.create(credential=credential, until=before, reason="ejected", named=False, times=2)
+    page = operator.get("/admin/proxy/rest/").content.decode()
+    for words in (
+        "as the upstream asked: insufficient_quota",
+        "our choice: model_not_found",
+        "5 errors in a row, and 1 trial failed; the next call finds out",
+    ):
+        assert words in page
+    assert operator.get(f"/admin/proxy/rest/{rest.pk}/change/").status_code == 200
+    operator.post(f"/admin/proxy/rest/{rest.pk}/delete/", {"post": "yes"})
+    assert set(Rest.objects.values_list("model", flat=True)) == {"quota", "gone"}
+    assert AuditEntry.objects.get(action="rest.cleared").actor == people.olga

@@ -1,4 +1,4 @@
-"""F10 and F11 at a gateway that runs: how much is tried again, who is left out, and who comes back when it is well."""
+"""F10 and F11 at a gateway that runs: how much is tried again, who is left out, also after a restart, and who comes back."""
 
 from __future__ import annotations
 
@@ -96,3 +96,43 @@ def test_f11_who_fails_five_times_is_left_out_and_comes_back_when_it_is_well(
         assert len(ailing.posts) - before == 2
         assert set(statuses) == {200}
         assert left_out(gateway) == 0
+
+
+REST = "from proxy.models import Rest; print(*Rest.objects.values_list('credential__label', 'reason', 'times'))"
+
+
+def test_who_is_left_out_stays_out_after_a_restart_until_its_row_is_deleted(serve: Callable[..., Sluice], upstream: OpenAIUpstream) -> None:
+    gateway = serve(EJECTION_SECONDS="300")
+    with OpenAIUpstream() as ailing:
+        for one, label, priority in ((ailing, "bad", 10), (upstream, "good", 0)):
+            gateway.add_openai(one, label=label, prefix="kept", secret="sk-sim-503" if label == "bad" else "sk-sim-ok", priority=priority)
+        gateway.wait_for("kept")
+        ailing.reset()
+        headers = {"authorization": f"Bearer {gateway.issue_key()}"}
+
+        def call() -> int:
+            """How often the ailing account has been called by now."""
+            assert httpx.post(f"{gateway.url}/v1/chat/completions", headers=headers, json=asking("kept"), timeout=20).status_code in (
+                200,
+                503,
+            )
+            return len(ailing.posts)
+
+        eventually(lambda: call() >= EJECT_AFTER, "it is not tried")
+        gateway.stop()  # at once: nothing is lost of the last two seconds
+        assert gateway.python(REST).strip() == "('bad', 'ejected', 1)"
+        gateway.start_again()
+        for _ in range(6):
+            call()
+        assert len(ailing.posts) == EJECT_AFTER
+        assert left_out(gateway) == 1
+        gateway.kill9()
+        gateway.start_again()
+        call()
+        assert len(ailing.posts) == EJECT_AFTER
+
+        gateway.python("from proxy.models import Rest; Rest.objects.all().delete()")
+        eventually(lambda: call() > EJECT_AFTER, "it is not tried again")
+        # And with it what was counted: one more failure puts nobody out.
+        eventually(lambda: call() >= 2 * EJECT_AFTER, "it is out again before it has failed five times")
+        eventually(lambda: gateway.python(REST).strip() == "('bad', 'ejected', 1)", "it is not out")

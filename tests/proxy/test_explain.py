@@ -33,7 +33,7 @@ from proxy.explain import Here, Question, explain_key
 from proxy.gateway import Gateway
 from proxy.http import Site
 from proxy.journal import Journal
-from proxy.models import FrozenModel
+from proxy.models import FrozenModel, Rest
 from proxy.routes import Leads, create_route
 from proxy.stores.health import Health
 from proxy.stores.limits import Hold
@@ -486,6 +486,17 @@ def test_what_only_a_running_server_knows_is_not_looked_at_elsewhere(world: Worl
         f"limit key:{world.key.pk}": None,
     }
     assert (said.status, said.code) == (429, "insufficient_quota")  # money is in the database
+
+
+def test_rests_that_are_stored_are_looked_at_elsewhere_too(world: World):
+    explain.serving.ask = None
+    one, two = world.credential("one"), world.credential("two")
+    rest = Rest.objects.create(credential=one, model="gpt", until=timezone.now() + timedelta(hours=1), reason=RateLimited.code)
+    said = world.explained()
+    assert [target.credential_id for target in said.targets] == [two.pk]
+    assert "1 rest for as long" in next(rule.why for rule in said.rules if rule.name == "health")
+    Rest.objects.create(credential=two, model="gpt", until=rest.until, reason=RateLimited.code)
+    assert (world.explained().status, world.explained().code) == (429, "rate_limit_exceeded")
 
 
 def test_limits_that_several_servers_share_are_known_as_far_as_the_database_knows_them(world: World):
