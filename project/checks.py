@@ -31,6 +31,7 @@ NETWORK_FILESYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.s
 FILESYSTEMS_IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 # Older ones have a race that can corrupt the write-ahead log when two connections write and checkpoint at once.
 SQLITE_WITHOUT_RACE = (3, 51, 3)
+SECRET_KEY_LENGTH, SECRET_KEY_VARIETY = 50, 5  # Django's own measure
 CONNECTIONS_SHARE = 0.8  # of what Postgres takes: the rest is for people, backups and whatever else asks it
 
 
@@ -130,6 +131,36 @@ def sqlite_is_sound(app_configs: Apps, **_: Any) -> list[checks.CheckMessage]:
             hint="Older ones can damage a write-ahead log that is reset while another process writes. Keep commands beside a "
             "running `serve` rare and backups fresh, or use Postgres.",
             id="sluice.W008",
+        )
+    ]
+
+
+@checks.register(checks.Tags.security)
+def secrets_differ(app_configs: Apps, **_: Any) -> list[checks.CheckMessage]:
+    # In it, and not only equal to it: one file given for both may have more lines than one.
+    if not any(entry in settings.SECRET_KEY for entry in settings.KEYRING.entries()):
+        return []
+    return [
+        checks.Error(
+            "SECRET_KEY is also an entry of KEYRING.",
+            hint="Who learns what signs sessions could then open every upstream secret. Give SECRET_KEY a value of its own: "
+            "everybody signs in again, and nothing else is lost. The keyring stays as it is.",
+            id="sluice.E009",
+        )
+    ]
+
+
+@checks.register(checks.Tags.security, deploy=True)
+def secret_key_is_long(app_configs: Apps, **_: Any) -> list[checks.CheckMessage]:
+    length, variety = len(settings.SECRET_KEY), len(set(settings.SECRET_KEY))
+    if length >= SECRET_KEY_LENGTH and variety >= SECRET_KEY_VARIETY:
+        return []
+    return [
+        checks.Warning(
+            f"SECRET_KEY has {length} characters, {variety} of them different.",
+            hint=f"With fewer than {SECRET_KEY_LENGTH}, or {SECRET_KEY_VARIETY} different ones, sessions could be forged by guessing. "
+            "A good one: python3 -c 'import secrets; print(secrets.token_urlsafe(48))'",
+            id="sluice.W010",
         )
     ]
 

@@ -51,6 +51,16 @@ class Keyring:
             raise ImproperlyConfigured(f"KEYRING has no entry for '{purpose}': add a line with a secret of 32 characters or more.")
         return keys
 
+    def entries(self) -> list[str]:
+        """The secrets themselves, as far as there are any to read: none is made, and nothing is complained of."""
+        if self._entries is not None:
+            return [secret for _, secret in self._entries]
+        try:
+            text = self._text if self._text is not None else self._path.read_text() if self._path is not None else ""
+            return [secret for _, secret in _parse(text)]
+        except (OSError, ImproperlyConfigured):
+            return []
+
     def _looks(self) -> tuple[int, int, int] | None:
         if self._watched is None:
             return None

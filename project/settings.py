@@ -221,4 +221,6 @@ LOGGING = {
 # What this process serves: "gateway" (/v1), "web" (the rest) or both. `serve --only` says so.
 SERVE_ONLY = ""
 
-SILENCED_SYSTEM_CHECKS: list[str] = []
+SILENCED_SYSTEM_CHECKS = [
+    "security.W009",  # sluice.W010 asks the same of SECRET_KEY, and says how to make one
+]

@@ -11,7 +11,7 @@ for _name in ("DATABASE_URL", "REDIS_URL", "SECRET_KEY", "KEYRING", "EGRESS_ALLO
     os.environ.pop(_name, None)
 os.environ["DATA_DIR"] = _folder
 if _database := os.environ.get("TEST_DATABASE_URL"):  # the same tests over another database: tests/proxy/test_on_postgres.py
-    os.environ |= {"DATABASE_URL": _database, "SECRET_KEY": "tests" * 20, "KEYRING": "tests" * 20}
+    os.environ |= {"DATABASE_URL": _database, "SECRET_KEY": "tests" * 20, "KEYRING": "rings" * 20}
 os.environ["EMAIL_URL"] = "memorymail://"
 
 from project.settings import *  # noqa: E402, F403

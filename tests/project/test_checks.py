@@ -14,6 +14,7 @@ from django.core.checks import CheckMessage, run_checks
 from pytest_django import Settings
 
 from project import checks, env
+from project.keyring import Keyring
 from project.server import CUT_SECONDS, SETTLE_SECONDS
 from providers.clock import Timeouts
 from tests.serving import REPOSITORY
@@ -76,6 +77,50 @@ def test_an_old_sqlite_is_said_to_the_operator_alone(say: Say, monkeypatch: pyte
     assert say() == []
     assert ids(say(deploy=True)) == ["sluice.W008"]
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 51, 3))
+    assert say(deploy=True) == []
+
+
+SECRET, OTHER = "one-secret-of-an-operator-who-likes-short-commands-1", "another-secret-of-at-least-thirty-two-characters-2"
+
+
+@pytest.mark.parametrize("keyring", [SECRET, f"{OTHER}\n{SECRET}", f"{OTHER},pepper:{SECRET}"])
+def test_what_signs_sessions_is_no_entry_of_the_keyring(say: Say, settings: Settings, keyring: str) -> None:
+    settings.SECRET_KEY, settings.KEYRING = SECRET, Keyring(keyring, None)
+    [found] = say()
+    assert (found.id, found.is_serious()) == ("sluice.E009", True)
+    assert "SECRET_KEY a value of its own" in str(found.hint)
+    assert SECRET not in f"{found.msg} {found.hint}"
+    settings.SECRET_KEY = OTHER[::-1]
+    assert say() == []
+
+
+def test_one_file_for_both_secrets_is_found_out_before_and_after_it_is_read(say: Say, settings: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text(f"{OTHER}\n{SECRET}\n")
+    settings.SECRET_KEY = file.read_text().strip()
+    settings.KEYRING = Keyring(None, file)
+    assert ids(say()) == ["sluice.E009"]
+    settings.KEYRING.keys("seal")
+    assert ids(say()) == ["sluice.E009"]
+
+
+def test_looking_at_the_keyring_makes_none_and_leaves_complaints_to_who_uses_it(say: Say, settings: Settings, tmp_path: Path) -> None:
+    for keyring in (Keyring(None, tmp_path / "keyring"), Keyring(None, None), Keyring("short", None)):
+        settings.KEYRING = keyring
+        assert say() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_secret_key_that_could_be_guessed_is_said_with_deploy(say: Say, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 51, 3))
+    for weak, said in (("0123456789" * 4 + "012345678", "has 49 characters"), ("abcd" * 20, "4 of them different")):
+        settings.SECRET_KEY = weak
+        assert say() == []
+        [found] = say(deploy=True)
+        assert found.id == "sluice.W010"
+        assert said in found.msg
+        assert "token_urlsafe(48)" in str(found.hint)
+    settings.SECRET_KEY = "0123456789" * 5
     assert say(deploy=True) == []
 
 
