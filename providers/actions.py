@@ -382,6 +382,7 @@ def secret_of(credential: Credential) -> SecretText:
 def target_of(credential: Credential) -> Target:
     """The account as an adapter sees it, without a model. Raises SealBroken."""
     access = token_rows.access_of(credential)
+    redact.learn_more(given.secrets_in(credential.settings))
     return Target(
         kind=credential.kind,
         credential_id=credential.pk,

@@ -19,6 +19,7 @@ from providers.adapter import Adapter
 from providers.exchange import place_of
 from providers.failures import UpstreamUnreachable
 from providers.oauth import SignIn, TokenSet
+from providers.secrets import redact
 
 FLAGS = frozenset({"pass_through", "listed_only", "http2"})
 STICKY = ("key", "user", "prompt_cache_key")
@@ -93,6 +94,7 @@ def settings(adapter: Adapter, given: Mapping[str, object]) -> dict[str, object]
         text = "" if value is None else str(value).strip()
         if text:
             kept[name] = _setting(adapter, name, text)
+    redact.learn_more(secrets_in(kept))
     return kept
 
 
@@ -109,6 +111,11 @@ def unmasked(settings: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, 
 
 def is_secret(setting: str) -> bool:
     return setting.endswith("secret")
+
+
+def secrets_in(settings: Mapping[str, Any]) -> list[str]:
+    """The values of those that are secrets: what the redactor is to know."""
+    return [str(value) for name, value in settings.items() if is_secret(name)]
 
 
 def _setting(adapter: Adapter, name: str, text: str) -> object:
@@ -163,6 +170,7 @@ def sign_in(adapter: Adapter, settings: Mapping[str, object]) -> SignIn:
         raise ValidationError({"settings": str(problem)}) from None
     if found is None:
         raise ValidationError({"kind": f"With these settings '{adapter.name}' does not sign in: it is given a secret."})
+    redact.learn_more([found.client_secret])
     return found
 
 

@@ -358,6 +358,7 @@ def sign_in_of(credential: Credential) -> tuple[Adapter, SignIn]:
         raise WrongSettings("not_configured", str(problem)) from None
     if sign_in is None:
         raise WrongSettings("not_configured", "With these settings its kind does not sign in.")
+    redact.learn_more([sign_in.client_secret])
     return adapter, sign_in
 
 

@@ -10,7 +10,7 @@ import ipaddress
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from django.conf import settings
@@ -21,8 +21,8 @@ from django.utils import timezone
 
 from accounts import models as accounts
 from accounts.principal import Limit, Principal
+from providers import given, registry, tokens
 from providers import models as providers
-from providers import registry, tokens
 from providers.oauth import Lease
 from providers.queries import price_book
 from providers.secrets import SealBroken, SecretText, open_sealed, redact
@@ -110,8 +110,15 @@ def load() -> Catalog:
             found = _read()
             if version() == found.version:
                 break
-    redact.learn(upstream.secret.reveal() for upstream in found.upstreams)
+    redact.learn(_secrets_of(found))
     return found
+
+
+def _secrets_of(found: Catalog) -> Iterator[str]:
+    """Of all accounts, those included that have to be signed in again."""
+    for upstream in (*found.upstreams, *found.signed_out):
+        yield upstream.secret.reveal()
+        yield from given.secrets_in(upstream.settings)
 
 
 def _read() -> Catalog:

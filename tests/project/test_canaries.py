@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+import time
 from pathlib import Path
 
 import httpx
@@ -18,6 +19,7 @@ from tests.upstreams.openai import OpenAIUpstream
 
 UPSTREAM_SECRET = "sk-sim-ok~canary-upstream-7f3a91"
 OTHER_SECRET = "plainupstreamcanary8841"  # no shape that a pattern could know: only its value gives it away
+SETTING_SECRET = "plainsettingcanary5520"  # a setting that is a secret: no shape either
 CALLERS_SECRET = "sk-sim-ok~canary-caller-55c0de"
 PROMPT = "canary-prompt-the-plans-of-the-merger"
 PASSWORD = "canary-password-Zx81-long-enough"
@@ -37,7 +39,18 @@ def planted(house: Sluice, upstream: OpenAIUpstream) -> tuple[str, list[httpx.Re
     )
     house.add_openai(upstream, prefix="c", secret=UPSTREAM_SECRET, pass_through=True)
     house.add_openai(upstream, prefix="d", secret=OTHER_SECRET)
-    house.wait_for("c", "d")
+    house.add_credential(
+        "gemini_cli",
+        upstream.base_url,
+        prefix="e",
+        secret=json.dumps(
+            {"access_token": "canary-token", "refresh_token": "canary-refresh", "expiry_date": int((time.time() + 3600) * 1000)}
+        ),
+        client_id="an-open-client-id",
+        client_secret=SETTING_SECRET,
+        token_url=f"{upstream.base_url}/token",
+    )
+    house.wait_for("c", "d", "e")
     key = house.issue_key(email="admin@example.org", name="canary")
     answers: list[httpx.Response] = []
     with httpx.Client(base_url=house.url, timeout=10) as client:
@@ -59,6 +72,7 @@ def planted(house: Sluice, upstream: OpenAIUpstream) -> tuple[str, list[httpx.Re
             f"Incorrect API key provided: {UPSTREAM_SECRET}",
             f"Quota of Bearer {UPSTREAM_SECRET} (and of {OTHER_SECRET}) is used up",
             f"<html>{OTHER_SECRET}</html>",
+            f"The client's secret is not {SETTING_SECRET}",
         ):
             for status in (400, 401, 403, 429, 500):
                 upstream.script(Step(status=status, body=json.dumps({"error": {"message": text, "code": "x"}}).encode()))
@@ -125,6 +139,7 @@ def test_s11_no_planted_secret_is_found_anywhere(house, upstream_server, upstrea
         key,
         UPSTREAM_SECRET,
         OTHER_SECRET,
+        SETTING_SECRET,
         CALLERS_SECRET,
         PROMPT,
         PASSWORD,
@@ -140,8 +155,11 @@ def test_s11_no_planted_secret_is_found_anywhere(house, upstream_server, upstrea
         assert secret not in log
         for page in html:
             assert secret not in page
-        for name, data in kept.items():
-            assert secret.encode() not in data, name
+        found = {name for name, data in kept.items() if secret.encode() in data}
+        if secret == SETTING_SECRET:  # settings are kept as they are given: SECURITY.md says so
+            assert "dump" in found
+            found = {name for name in found - {"dump"} if not Path(name).name.startswith("sluice.sqlite3")}
+        assert not found
         # What an upstream answers in earnest is the client's own matter, even when it quotes the client's own words.
         clients_own = secret in (key, CALLERS_SECRET, PROMPT)
         for answer in answers:

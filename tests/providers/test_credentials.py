@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from accounts.models import AuditEntry, Organization, User
 from project.keyring import Keyring
-from providers import actions, given, registry
+from providers import actions, given, registry, tokens
 from providers.actions import add_credential, change_credential, secret_of
 from providers.adapters.openai import OpenAI
 from providers.models import Credential, KeyringCanary, Price, PriceSource, State, UpstreamModel
@@ -82,6 +82,24 @@ def test_whoever_gives_or_opens_a_secret_teaches_the_redactor():
 
     change_credential(credential, secret="quite another one")
     assert redact("(quite another one)") == "([redacted])"
+
+
+def test_whoever_gives_or_uses_a_setting_that_is_a_secret_teaches_the_redactor():
+    own = {"client_id": "an-open-client-id", "client_secret": "the first word", "token_url": "https://oauth.example.org/token"}
+    credential = add_credential("gemini_cli", "Team", "", settings=own, accept_policy=True, sign_in_later=True)
+    assert redact("an-open-client-id (the first word)") == "an-open-client-id ([redacted])"
+
+    change_credential(credential, settings={**own, "client_secret": "another word"})
+    assert redact("(another word)") == "([redacted])"
+
+    for word, use in (
+        ("when called", actions.target_of),
+        ("when renewed", tokens.sign_in_of),
+        ("when signed in", lambda credential: given.sign_in(given.kind(credential.kind), credential.settings)),
+    ):
+        credential.settings = {**own, "client_secret": word}  # as another process kept it
+        use(credential)
+        assert redact(f"({word})") == "([redacted])"
 
 
 def test_the_demo_lists_its_models_without_a_call_and_they_cost_nothing():

@@ -11,7 +11,7 @@ from django.utils import timezone
 from accounts import models as accounts
 from accounts.principal import digest, mint
 from providers import models as providers
-from providers.secrets import seal
+from providers.secrets import redact, seal
 from proxy import snapshot
 from proxy.catalog import Catalog, Current
 from proxy.models import Route, RouteTarget
@@ -106,6 +106,14 @@ def test_upstreams_come_with_their_secrets_open_and_a_broken_seal_leaves_one_out
     assert (upstream.prefix, upstream.secret.reveal(), upstream.models) == ("good", "s-good", {"gpt"})
     assert upstream.details == {"gpt": {"context_length": 8}}
     assert "s-good" not in repr(upstream)
+
+
+@pytest.mark.parametrize("state", ["active", "needs_reauth"])
+def test_settings_that_are_secrets_are_taken_out_of_texts(state: str):
+    kept = {"client_id": "an-open-client-id", "client_secret": f"a client's word, {state}"}
+    providers.Credential.objects.create(label="g", kind="gemini_cli", prefix="g", state=state, settings=kept)
+    snapshot.load()
+    assert redact(f"an-open-client-id, (a client's word, {state})") == "an-open-client-id, ([redacted])"
 
 
 def test_an_alias_keeps_the_order_of_its_targets():
