@@ -1,5 +1,8 @@
 from django.apps import AppConfig
+from django.conf import settings
 from django.contrib.admin.apps import AdminConfig
+
+from providers.secrets import redact
 
 
 class ProjectConfig(AppConfig):
@@ -7,6 +10,8 @@ class ProjectConfig(AppConfig):
 
     def ready(self) -> None:
         from project import checks  # noqa: F401  each registers itself
+
+        redact.learn_own([settings.SECRET_KEY, *settings.ENV.secrets(), *settings.KEYRING.entries()])
 
 
 class OperatorsAdmin(AdminConfig):

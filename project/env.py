@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import environ
 from django.core.exceptions import ImproperlyConfigured
@@ -77,6 +77,12 @@ class Env:
         """SQLite and no Redis: limits live in memory, and secrets may be made on the spot."""
         return self.redis_url is None and self.database_url.startswith("sqlite:")
 
+    def secrets(self) -> list[str]:
+        """What must stay out of every text, passwords in addresses included. Of the keyring the entries matter, which it knows itself."""
+        given = [self.secret_key, self.metrics_token]
+        addresses = [self.database_url, self.redis_url, self.email_url]
+        return [*filter(None, given), *(password for address in filter(None, addresses) for password in _passwords(address))]
+
 
 def read(environment: Mapping[str, str] = os.environ) -> Env:
     """The operator's settings. Raises ImproperlyConfigured with the variable's name and what it should look like."""
@@ -135,6 +141,19 @@ def keyring_file(environment: Mapping[str, str] = os.environ) -> Path | None:
     """Where the keyring was read from, if the operator gave a file."""
     path = environment.get("KEYRING_FILE", "").strip()
     return Path(path) if path else None
+
+
+def _passwords(address: str) -> set[str]:
+    """As it is written in this address, and as it is said. One that the address has in another part, too (postgres://sluice:sluice@db),
+    hides nothing: to take it out would only make holes in ordinary words."""
+    try:
+        parts = urlsplit(address)
+        written = {parts.password or ""}
+        written |= {value for name, value in parse_qsl(parts.query) if name.endswith("password")}
+        open_parts = {parts.scheme, parts.username, parts.hostname, *parts.path.split("/")}
+    except ValueError:  # not an address: whoever uses it complains
+        return set()
+    return {way for password in written - open_parts for way in (password, unquote(password)) if way}
 
 
 class _Reader:

@@ -19,6 +19,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from django.core.exceptions import ImproperlyConfigured
 
+from providers.secrets import redact
+
 log = logging.getLogger(__name__)
 
 PURPOSES = ("seal", "pepper")
@@ -44,6 +46,7 @@ class Keyring:
         if self._entries is None:
             self._entries = _parse(self._read())
             self._seen = self._looks()
+            redact.learn_own(self.entries())
         elif (looks := self._looks()) is not None and looks != self._seen:
             self._read_again(looks)
         keys = {_fingerprint(secret): _derive(secret, purpose) for only, secret in self._entries if only in (None, purpose)}
@@ -78,6 +81,7 @@ class Keyring:
         except (OSError, ImproperlyConfigured) as problem:
             log.error("%s has changed and cannot be used; what was read before stays in force. %s", self._watched, problem)
         else:
+            redact.learn_own(self.entries())
             log.info("The keyring has changed, and was read again from %s", self._watched)
 
     def _read(self) -> str:

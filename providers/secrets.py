@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -101,23 +102,54 @@ class Redactor:
     )
     SHORTEST = 6  # shorter values would redact ordinary words
     MOST_NAMES = 4096
+    MOST_OWN, MOST_GIVEN = 64, 256  # of those that no reading replaces; the oldest go first
 
     def __init__(self) -> None:
         self._known: re.Pattern[str] | None = None
         self._values: frozenset[str] = frozenset()
+        self._read: frozenset[str] = frozenset()
+        self._given: dict[str, None] = {}
+        self._own: dict[str, None] = {}
         self._names: dict[str, str] = {}
+        self._alone = threading.Lock()  # the accounts are read in a thread, and secrets given in others
 
     def learn(self, values: Iterable[str]) -> None:
-        """Replace what is known by value. Longer ones are matched first."""
-        kept = frozenset(value for value in values if len(value) >= self.SHORTEST)
-        if kept != self._values:
-            self._values = kept
-            self._names.clear()
-            self._known = re.compile("|".join(re.escape(value) for value in sorted(kept, key=len, reverse=True))) if kept else None
+        """What all the accounts have now, in place of what they had."""
+        read = frozenset(self._long(values))
+        with self._alone:
+            self._read = read
+            self._compile()
 
     def learn_more(self, values: Iterable[str]) -> None:
-        """Add to what is known by value: for a secret that has just been given or opened."""
-        self.learn(self._values.union(values))
+        """A secret that has just been given or opened. It stays known: a reading may have begun before it, and a log line come after
+        it was replaced."""
+        self._keep(self._given, values, self.MOST_GIVEN)
+
+    def learn_own(self, values: Iterable[str]) -> None:
+        """Secrets of this process itself, which stay known as long as it lives."""
+        self._keep(self._own, values, self.MOST_OWN)
+
+    def _keep(self, kept: dict[str, None], values: Iterable[str], most: int) -> None:
+        values = self._long(values)
+        with self._alone:
+            for value in values:
+                kept.pop(value, None)
+                kept[value] = None  # the latest last
+            while len(kept) > most:
+                del kept[next(iter(kept))]
+            self._compile()
+
+    def _long(self, values: Iterable[str]) -> list[str]:
+        return [value for value in values if len(value) >= self.SHORTEST]
+
+    def _compile(self) -> None:
+        values = self._read.union(self._given, self._own)
+        if values == self._values:
+            return
+        self._values = values
+        # Longer ones first: one may begin with another.
+        self._known = re.compile("|".join(re.escape(value) for value in sorted(values, key=len, reverse=True))) if values else None
+        self._names = {}  # a new one: what is being looked up meanwhile goes into the old
 
     def __call__(self, text: str) -> str:
         if self._known is not None:
@@ -126,11 +158,12 @@ class Redactor:
 
     def name(self, text: str) -> str:
         """The same for names that come again and again, such as a model's: remembered, because each request has two."""
-        known = self._names.get(text)
+        names = self._names
+        known = names.get(text)
         if known is None:
-            if len(self._names) >= self.MOST_NAMES:
-                self._names.clear()
-            known = self._names[text] = self(text)
+            if len(names) >= self.MOST_NAMES:
+                names.clear()
+            known = names[text] = self(text)
         return known
 
 

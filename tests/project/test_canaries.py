@@ -20,6 +20,8 @@ from tests.upstreams.openai import OpenAIUpstream
 UPSTREAM_SECRET = "sk-sim-ok~canary-upstream-7f3a91"
 OTHER_SECRET = "plainupstreamcanary8841"  # no shape that a pattern could know: only its value gives it away
 SETTING_SECRET = "plainsettingcanary5520"  # a setting that is a secret: no shape either
+METRICS_TOKEN = "plainmetricscanary3307"
+MAIL_PASSWORD = "plainmailcanary6614"
 CALLERS_SECRET = "sk-sim-ok~canary-caller-55c0de"
 PROMPT = "canary-prompt-the-plans-of-the-merger"
 PASSWORD = "canary-password-Zx81-long-enough"
@@ -27,8 +29,13 @@ PASSWORD = "canary-password-Zx81-long-enough"
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("canaries"), LOG_LEVEL="DEBUG") as sluice:
+    own = {"METRICS_TOKEN": METRICS_TOKEN, "EMAIL_URL": f"smtp://gate:{MAIL_PASSWORD}@127.0.0.1:9"}
+    with running(tmp_path_factory.mktemp("canaries"), LOG_LEVEL="DEBUG", **own) as sluice:
         yield sluice
+
+
+def own_file(house: Sluice, name: str) -> str:
+    return (house.data_dir / name).read_text().strip()
 
 
 def planted(house: Sluice, upstream: OpenAIUpstream) -> tuple[str, list[httpx.Response]]:
@@ -73,6 +80,8 @@ def planted(house: Sluice, upstream: OpenAIUpstream) -> tuple[str, list[httpx.Re
             f"Quota of Bearer {UPSTREAM_SECRET} (and of {OTHER_SECRET}) is used up",
             f"<html>{OTHER_SECRET}</html>",
             f"The client's secret is not {SETTING_SECRET}",
+            f"Neither {METRICS_TOKEN} nor {MAIL_PASSWORD}",
+            f"Nor '{own_file(house, 'keyring')}' and '{own_file(house, 'secret_key')}'",
         ):
             for status in (400, 401, 403, 429, 500):
                 upstream.script(Step(status=status, body=json.dumps({"error": {"message": text, "code": "x"}}).encode()))
@@ -143,8 +152,10 @@ def test_s11_no_planted_secret_is_found_anywhere(house, upstream_server, upstrea
         CALLERS_SECRET,
         PROMPT,
         PASSWORD,
-        (house.data_dir / "keyring").read_text().strip(),
-        (house.data_dir / "secret_key").read_text().strip(),
+        METRICS_TOKEN,
+        MAIL_PASSWORD,
+        own_file(house, "keyring"),
+        own_file(house, "secret_key"),
     ]
     kept = everything_kept(house.data_dir)
     log = house.log()

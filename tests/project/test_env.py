@@ -113,6 +113,24 @@ def test_a_secret_may_lie_in_a_file(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, []),
+        ({"SECRET_KEY": "s" * 50, "METRICS_TOKEN": "let-me-in"}, ["s" * 50, "let-me-in"]),
+        ({"DATABASE_URL": "postgres://sluice:a%2Fb-secret@db/sluice"}, ["a%2Fb-secret", "a/b-secret"]),
+        ({"DATABASE_URL": "postgres://db/sluice?user=x&password=hush-hush&sslpassword=psst-psst"}, ["hush-hush", "psst-psst"]),
+        ({"REDIS_URL": "rediss://:to-redis@cache:6379/0"}, ["to-redis"]),
+        ({"EMAIL_URL": "smtp+tls://gate:to-mail@mail:587"}, ["to-mail"]),
+        ({"DATABASE_URL": "postgres://sluice:sluice@db/other", "REDIS_URL": "redis://cache:6379"}, []),
+        ({"DATABASE_URL": "postgres://u:postgres@db/other"}, []),
+        ({"EMAIL_URL": "smtp://[mail"}, []),
+    ],
+)
+def test_the_secrets_among_them_are_known_with_the_passwords_in_addresses(given: dict[str, str], found: list[str]) -> None:
+    assert sorted(read(given).secrets()) == sorted(found)
+
+
+@pytest.mark.parametrize(
     ("given", "alone"),
     [({}, True), ({"DATABASE_URL": "postgres://db/sluice"}, False), ({"REDIS_URL": "redis://cache"}, False)],
 )

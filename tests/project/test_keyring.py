@@ -11,6 +11,7 @@ import pytest
 from django.core.exceptions import ImproperlyConfigured
 
 from project.keyring import Keyring, secret_file
+from providers.secrets import redact
 
 OLD, NEW, PEPPER = "o" * 32, "n" * 40, "p" * 32
 
@@ -99,6 +100,18 @@ def test_a_race_that_is_lost_takes_the_winners_file(tmp_path: Path, monkeypatch:
 
     assert secret_file(path) == "w" * 40
     assert [entry.name for entry in tmp_path.iterdir()] == ["secret"]
+
+
+def test_its_entries_are_taken_out_of_texts_once_it_is_read_and_again_when_it_has_changed(tmp_path: Path) -> None:
+    path = tmp_path / "keyring"
+    path.write_text(f"the-first-of-them-{'a' * 32}\n")
+    keyring = Keyring(None, path)
+    keyring.keys("seal")
+    path.write_text(f"pepper:the-newer-of-them-{'b' * 32}\nthe-first-of-them-{'a' * 32}\n")
+    assert redact(f"the-first-of-them-{'a' * 32}") == "[redacted]"
+    assert redact(f"the-newer-of-them-{'b' * 32}") != "[redacted]"
+    keyring.keys("seal")
+    assert redact(f"the-newer-of-them-{'b' * 32}, the-first-of-them-{'a' * 32}") == "[redacted], [redacted]"
 
 
 def test_a_file_that_has_changed_is_read_again_and_a_bad_one_is_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

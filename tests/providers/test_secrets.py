@@ -115,6 +115,54 @@ def test_learning_more_forgets_nothing_and_learning_replaces():
     assert redact("first-secret second-secret") == "first-secret [redacted]"
 
 
+def test_what_was_given_or_is_our_own_outlives_each_reading():
+    redact = Redactor()
+    redact.learn_own(["own-secret"])
+    redact.learn_more(["given-secret"])
+    for read in (["read-secret"], ["given-secret"], []):
+        redact.learn(read)
+        assert redact("own-secret given-secret") == "[redacted] [redacted]"
+    assert redact("read-secret") == "read-secret"
+
+
+def test_of_what_is_given_the_latest_is_kept_and_of_our_own_all():
+    redact = Redactor()
+    redact.learn_own(["own-secret"])
+    redact.learn_more(["first-secret", "second-secret"])
+    redact.learn_more(f"more-secret-{number}" for number in range(redact.MOST_GIVEN - 2))
+    redact.learn_more(["first-secret"])  # again: it is the latest now
+    redact.learn_more(["last-secret"])
+    assert redact("own-secret first-secret second-secret last-secret") == "[redacted] [redacted] second-secret [redacted]"
+
+
+def test_a_secret_that_another_begins_with_leaves_no_tail_whoever_told_of_it():
+    redact = Redactor()
+    redact.learn(["hunter2"])
+    redact.learn_more(["hunter2hunter2"])
+    redact.learn_own(["hunter2hunter2-and-more"])
+    assert redact("(hunter2hunter2-and-more)") == "([redacted])"
+
+
+def test_a_name_that_was_looked_up_before_is_taken_out_once_it_is_known_for_a_secret():
+    redact = Redactor()
+    for name, learn in (("one-model", redact.learn), ("two-models", redact.learn_more), ("three-models", redact.learn_own)):
+        assert redact.name(name) == name
+        learn([name])
+        assert redact.name(name) == "[redacted]"
+
+
+def test_a_name_that_is_looked_up_while_a_secret_is_learned_is_not_remembered_as_it_was():
+    class Slow(Redactor):
+        def __call__(self, text: str) -> str:
+            said = super().__call__(text)
+            self.learn([text])
+            return said
+
+    redact = Slow()
+    assert redact.name("a-model-or-so") == "a-model-or-so"
+    assert redact.name("a-model-or-so") == "[redacted]"
+
+
 @pytest.mark.parametrize(
     "text",
     [
