@@ -140,6 +140,8 @@ SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = ENV.public_url.startswith("https:")
 SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https") if TRUSTED_PROXIES else None
 # Else a cookie that was signed for one name and salt passes for another pair that reads the same when strung together.
 SIGNED_COOKIE_LEGACY_SALT_FALLBACK = False
+# Browsers keep to https for a year, with this name alone: those below it, and the list in the browsers, are not ours to promise.
+SECURE_HSTS_SECONDS = 365 * 24 * 3600 if ENV.public_url.startswith("https:") else 0
 SECURE_REFERRER_POLICY = "same-origin"
 X_FRAME_OPTIONS = "DENY"
 DATA_UPLOAD_MAX_MEMORY_SIZE = 2_621_440
@@ -224,5 +226,8 @@ LOGGING = {
 SERVE_ONLY = ""
 
 SILENCED_SYSTEM_CHECKS = [
+    "security.W005",  # HSTS for names below ours, and
+    "security.W021",  # for the browsers' list: whoever owns the whole domain decides that, at the proxy in front
+    "security.W008",  # the proxy in front sends http to https: it alone is reached by both
     "security.W009",  # sluice.W010 asks the same of SECRET_KEY, and says how to make one
 ]
