@@ -54,6 +54,11 @@ class Keyring:
             raise ImproperlyConfigured(f"KEYRING has no entry for '{purpose}': add a line with a secret of 32 characters or more.")
         return keys
 
+    @property
+    def own_file(self) -> Path | None:
+        """Where it is kept when nobody gave one."""
+        return self._path if self._text is None else None
+
     def entries(self) -> list[str]:
         """The secrets themselves, as far as there are any to read: none is made, and nothing is complained of."""
         if self._entries is not None:

@@ -17,6 +17,7 @@ from django.test import Client
 from accounts.models import ApiKey, AuditEntry, Membership, Organization, Role, User
 from accounts.principal import is_plausible
 from project.env import REPOSITORY
+from project.keyring import Keyring
 from providers.models import Credential, KeyringCanary, Price
 from proxy import snapshot
 
@@ -100,6 +101,18 @@ def test_what_it_says_can_be_run_as_it_stands(db: None, monkeypatch: pytest.Monk
 
     commands = re.findall(r"(\S*python) manage\.py (\w+)", bootstrap())
     assert commands == [(python, "bootstrap"), (python, "issue_key")]
+
+
+def test_each_run_says_where_the_keyring_is_that_nobody_gave(db: None, settings: Any, tmp_path: Path):
+    settings.KEYRING = Keyring(None, tmp_path / "keyring")
+    for _ in range(2):
+        printed = bootstrap()
+        assert f"The keyring is in {tmp_path / 'keyring'}: keep a copy elsewhere." in printed
+        assert "Losing it loses every upstream secret" in printed
+        assert (tmp_path / "keyring").read_text().strip() not in printed
+
+    settings.KEYRING = Keyring((tmp_path / "keyring").read_text(), None)
+    assert "The keyring" not in bootstrap()
 
 
 def test_what_it_shows_is_nowhere_in_the_database(db: None):

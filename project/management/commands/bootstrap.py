@@ -88,6 +88,12 @@ class Command(BaseCommand):
             ]
         else:
             lines += ["", f"Another key: {how_to_run()} issue_key --email {operator.email} --name 'my laptop'"]
+        if kept := settings.KEYRING.own_file:
+            lines += [
+                "",
+                f"The keyring is in {kept}: keep a copy elsewhere.",
+                "Losing it loses every upstream secret and every issued key.",
+            ]
         self.stdout.write("\n".join([*lines, ""]))
 
 
