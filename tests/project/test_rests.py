@@ -342,7 +342,7 @@ def test_news_of_an_ejection_say_how_many_and_those_of_the_version_before_are_re
 def test_names_that_clients_make_up_do_not_fill_the_table(credential, monkeypatch):
     monkeypatch.setattr(rests, "MOST_KEPT", 3)
     one = Worker()
-    for name in ["x" * 241, "nul\0", *map(str, range(9))]:
+    for name in ["x" * 241, "nul\0", "sk-sluice-akeyputthere1", *map(str, range(9))]:
         one.health.failed(target(1, name), ModelNotHere("no"), [1])
     one.health.failed(target(1, "named"), RateLimited("no", retry_after_seconds=1e300), [1])
     one.turn()

@@ -356,7 +356,7 @@ def test_a_model_that_some_pool_lists_needs_no_prefix(client: OpenAI, sluice: Sl
     with OpenAIUpstream(models=["only-here", "gpt-4o"]) as other:
         credential = sluice.add_openai(other, prefix="other")
         sluice.manage("refresh_models", "--credential", str(credential))
-        sluice.wait_for("other")
+        eventually(lambda: "other/only-here" in {model.id for model in client.models.list()}, "its models are not known", seconds=30)
         answer = client.chat.completions.create(model="only-here", messages=HELLO)
 
     assert answer._request_id is not None
